@@ -1,8 +1,8 @@
 """The architecture: what changes a weight's shape or a logit's value, and nothing else.
 
-Device, dtype, kernels and quantisation are arguments of `griffin.load` and `Griffin`, never fields here, so that a saved
-config does not remember yesterday's hardware. Each field that the papers and the released code disagree on says so;
-the default is what the released RecurrentGemma models were trained with.
+Device, dtype, kernels and quantisation are arguments of `griffin.load` and `Griffin`, never fields here, so that a
+saved config does not remember yesterday's hardware. Each field that the papers and the released code disagree on says
+so; the default is what the released RecurrentGemma models were trained with.
 """
 
 from __future__ import annotations
@@ -123,6 +123,10 @@ def _require_positive(name: str, value: object) -> None:
 FIELD_NAMES = tuple(field.name for field in fields(GriffinConfig))
 
 
+_RECURRENT: tuple[BlockType, ...] = ("recurrent",)
+_ATTENTION: tuple[BlockType, ...] = ("attention",)
+
+
 def griffin_pattern(num_layers: int) -> tuple[BlockType, ...]:
     """Two recurrent layers, then one attention layer, repeated and cut at `num_layers` (Griffin, section 2.4)."""
     return tuple("attention" if index % 3 == 2 else "recurrent" for index in range(num_layers))
@@ -144,8 +148,7 @@ def _presets() -> dict[str, GriffinConfig]:
     for size, (width, lru_width, num_layers) in sizes.items():
         families: dict[str, tuple[BlockType, ...]] = {"griffin": griffin_pattern(num_layers)}
         if size != "14b":
-            families["hawk"] = ("recurrent",) * num_layers
-            families["transformer"] = ("attention",) * num_layers
+            families |= {"hawk": num_layers * _RECURRENT, "transformer": num_layers * _ATTENTION}
         for family, block_types in families.items():
             presets[f"{family}-{size}"] = GriffinConfig(
                 vocab_size=256_000,
@@ -174,8 +177,8 @@ def _presets() -> dict[str, GriffinConfig]:
     # Ours: "tiny" for tests, R different from D on purpose; "mini" is what a laptop trains in minutes.
     tiny: dict[str, tuple[BlockType, ...]] = {
         "griffin": griffin_pattern(3),
-        "hawk": ("recurrent",) * 2,
-        "transformer": ("attention",) * 2,
+        "hawk": 2 * _RECURRENT,
+        "transformer": 2 * _ATTENTION,
     }
     for family, block_types in tiny.items():
         presets[f"{family}-tiny"] = GriffinConfig(

@@ -1,0 +1,483 @@
+"""Griffin, top to bottom: norms, gates, recurrence, local attention, MLP, block, model, initialisation.
+
+Module and parameter names are those of Hugging Face's RecurrentGemmaForCausalLM, so released weights load as they are.
+There is one way through: prefill, a chunk of a prompt, one decoded token and a training row differ in T and in whether
+a State is passed, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from griffin.config import GriffinConfig
+from griffin.ops import (
+    block_diagonal_linear,
+    causal_conv1d,
+    local_attention,
+    output_linear,
+    rg_lru,
+    ring_attention,
+    rope,
+    rope_table,
+)
+from griffin.ops.rg_lru import C
+from griffin.state import AttentionState, RecurrentState, State
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What every layer needs to know of the tokens of one call."""
+
+    start: Tensor  # (B,) int64, State.position before the call
+    positions: Tensor  # (B, T) int64, offset of each token in its document; 0 starts a document
+    reset: Tensor  # (B, T) bool, positions == 0, and False on padding
+    lengths: Tensor | None  # (B,) tokens of each row that count, from the left; None: all T
+    padding: Tensor | None  # (B, T) bool, True beyond lengths; None: nowhere
+    cos: Tensor  # (B, T, rope_width / 2) fp32
+    sin: Tensor  # (B, T, rope_width / 2) fp32
+    earlier: int  # tokens before the call that some query may see
+    longest: int  # State.longest after the call
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W and b cast to x.dtype: activations set the precision, fp32 weights stay the masters."""
+
+    def __init__(self, in_width: int, out_width: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_width, in_width))
+        self.bias = nn.Parameter(torch.empty(out_width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32, rounded once."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.weight.shape, 1 + self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Conv1d(nn.Module):
+    """The parameters of the causal depthwise convolution; `ops.causal_conv1d` computes it."""
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 1, taps))  # weight[:, 0, -1] multiplies the current token
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(x, self.weight[:, 0], self.bias, state, reset)
+
+
+class RGLRU(nn.Module):
+    """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t), with gates i_t and r_t (inside a_t) computed from x_t."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        R, blocks = config.lru_width, config.num_gate_blocks
+        self.recurrent_param = nn.Parameter(torch.empty(R))  # -Lambda of the paper
+        self.input_gate_weight = nn.Parameter(torch.empty(blocks, R // blocks, R // blocks))
+        self.input_gate_bias = nn.Parameter(torch.empty(blocks, R // blocks))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(blocks, R // blocks, R // blocks))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(blocks, R // blocks))
+        self.max_sqrt_gradient = config.max_sqrt_gradient
+        self.unscaled_first_token = config.unscaled_first_token
+
+    def forward(self, x: Tensor, h0: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
+        input_gate = block_diagonal_linear(x, self.input_gate_weight, self.input_gate_bias)
+        recurrent_gate = block_diagonal_linear(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        if span.padding is not None:
+            # r = 0, so a = 1 and no input: h passes padding unchanged.
+            recurrent_gate = recurrent_gate.masked_fill(span.padding[..., None], -torch.inf)
+        return rg_lru(
+            x,
+            input_gate,
+            recurrent_gate,
+            self.recurrent_param,
+            h0,
+            span.reset,
+            max_sqrt_gradient=self.max_sqrt_gradient,
+            unscaled_first_token=self.unscaled_first_token,
+        )
+
+
+class RecurrentBlock(nn.Module):
+    """out = linear_out(gelu(linear_y(x)) * rg_lru(conv_1d(linear_x(x))))"""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        D, R = config.width, config.lru_width
+        self.linear_x = Linear(D, R, bias=True)
+        self.linear_y = Linear(D, R, bias=True)
+        self.linear_out = Linear(R, D, bias=True)
+        self.conv_1d = Conv1d(R, config.conv_width)
+        self.rg_lru = RGLRU(config)
+
+    def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
+        y = F.gelu(self.linear_y(x), approximate="tanh")  # (B, T, R)
+        inputs = self.linear_x(x)  # (B, T, R)
+        conv, h0 = (None, None) if state is None else (state.conv, state.h)
+        if conv is not None and torch.is_grad_enabled():
+            conv = conv.clone()  # kept for the backward pass, while update_ below writes the original
+        x, last_conv = self.conv_1d(inputs, conv, span.reset)
+        h, last_h = self.rg_lru(x, h0, span)
+        if state is not None:
+            if span.lengths is not None:
+                last_conv = _last_inputs(inputs, state.conv, span)
+            state.update_(last_h, last_conv)
+        return self.linear_out(y * h)  # type: ignore[no-any-return]
+
+
+class LocalAttention(nn.Module):
+    """Multi-query attention to the W earlier tokens and the token itself, with RoPE on part of each head."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        D, kv_width = config.width, config.num_kv_heads * config.head_width
+        self.q_proj = Linear(D, D, bias=False)
+        self.k_proj = Linear(D, kv_width, bias=False)
+        self.v_proj = Linear(D, kv_width, bias=False)
+        self.o_proj = Linear(D, D, bias=True)
+        self.head_width, self.window = config.head_width, config.window
+
+    def forward(self, x: Tensor, state: AttentionState | None, span: Span) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_width))  # (B, T, H, K), (B, T, G, K), (B, T, G, K)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rope(q, span.cos, span.sin), rope(k, span.cos, span.sin)
+        if state is None:
+            out = local_attention(q, k, v, span.positions, self.window)
+        elif x.shape[1] == 1 and not torch.is_grad_enabled():  # a gradient would need the slots as they are now
+            state.update_(k, v, span.positions, span.lengths)
+            out = ring_attention(q, state.keys, state.values, span.positions)
+        else:
+            earlier_keys, earlier_values = state.earlier(span.start, span.earlier)
+            keys, values = torch.cat([earlier_keys, k], dim=1), torch.cat([earlier_values, v], dim=1)
+            out = local_attention(q, keys, values, span.positions, self.window)
+            state.update_(k, v, span.positions, span.lengths)
+        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class GatedMLP(nn.Module):
+    """out = down_proj(gelu(gate_proj(x)) * up_proj(x))"""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        D, E = config.width, config.mlp_width
+        self.gate_proj = Linear(D, E, bias=True)
+        self.up_proj = Linear(D, E, bias=True)
+        self.down_proj = Linear(E, D, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """x = x + temporal_block(norm(x));  x = x + mlp_block(norm(x))"""
+
+    def __init__(self, config: GriffinConfig, kind: str) -> None:
+        super().__init__()
+        self.temporal_pre_norm = RMSNorm(config.width, config.rms_norm_eps)
+        self.temporal_block = RecurrentBlock(config) if kind == "recurrent" else LocalAttention(config)
+        self.channel_pre_norm = RMSNorm(config.width, config.rms_norm_eps)
+        self.mlp_block = GatedMLP(config)
+
+    def forward(self, x: Tensor, state: RecurrentState | AttentionState | None, span: Span) -> Tensor:
+        x = x + self.temporal_block(self.temporal_pre_norm(x), state, span)
+        return x + self.mlp_block(self.channel_pre_norm(x))  # type: ignore[no-any-return]
+
+
+class Griffin(nn.Module):
+    """embedding * sqrt(D), the blocks, a final norm; logits = soft_cap(norm(x) embedding^T).
+
+    Args:
+        config: the architecture.
+        device: where the parameters live; None is PyTorch's default. "meta" makes a model without storage.
+        dtype: of the parameters.
+        activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
+            mixed-precision training.
+        generator: the source of the initial weights; None is PyTorch's default generator.
+    """
+
+    def __init__(
+        self,
+        config: GriffinConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation_dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_dtype = activation_dtype or dtype
+        with torch.device("meta"):
+            layers = nn.ModuleDict(
+                {
+                    "embed_tokens": nn.Embedding(config.vocab_size, config.width),
+                    "layers": nn.ModuleList(Block(config, kind) for kind in config.block_types),
+                    "final_norm": RMSNorm(config.width, config.rms_norm_eps),
+                }
+            )
+        self.model = layers.to(dtype)  # "model." is the prefix that released weights carry
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.model.to_empty(device=device)
+            init_weights(self, generator)
+
+    @property
+    def embedding(self) -> Tensor:
+        """(V, D), the input embedding and the output matrix."""
+        return cast(Tensor, self.model["embed_tokens"].weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        positions: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Run every layer over T tokens of B rows.
+
+        Args:
+            tokens: (B, T) whole numbers in [0, V), T >= 1.
+            state: what came before, advanced in place by these tokens; any split of a text into calls gives the same
+                result. None: the rows start here, and nothing is kept (training).
+            positions: (B, T) offset of each token in its document; a 0 starts a document, and nothing from before it
+                is seen. None: each row goes on where the state stands, or starts at 0.
+            lengths: (B,) how many tokens of each row count, from the left, 0 .. T. The rest is padding of any value:
+                it changes neither the state nor any result before it, and its own results mean nothing. None: all.
+
+        Returns:
+            (B, T, D) in the activation dtype: the input of `logits`.
+
+        Raises:
+            ValueError: shapes, dtypes or values do not fit the model or the state (values are checked on a CPU only;
+                on a GPU that would wait for the device).
+        """
+        span = self._span(tokens, state, positions, lengths)
+        if span.padding is not None:
+            tokens = tokens.masked_fill(span.padding, 0)
+        x = F.embedding(tokens, self.embedding).to(self.activation_dtype)  # (B, T, D)
+        if self.config.embedding_scale != "none":
+            x = x * _embedding_scale(self.config)
+        for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
+            x = block(x, None if state is None else state.layers[index], span)
+        if state is not None:
+            self._advance(state, span)
+        return self.model["final_norm"](x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Compute cap * tanh(hidden embedding^T / cap), or without the cap where the config has none.
+
+        Args:
+            hidden: (..., D) from `forward`.
+
+        Returns:
+            (..., V) fp32.
+        """
+        return soft_cap(output_linear(hidden, self.embedding), self.config.logits_soft_cap)
+
+    @torch.inference_mode(False)  # the state must be writable outside inference mode too
+    @torch.no_grad()
+    def new_state(self, batch_size: int) -> State:
+        """Make the state of `batch_size` rows that have read nothing, on the model's device.
+
+        Raises:
+            ValueError: batch_size < 0.
+        """
+        if batch_size < 0:
+            raise ValueError(f"batch_size={batch_size} must not be negative")
+        config, B, dtype = self.config, batch_size, self.activation_dtype
+        zeros = self.embedding.new_zeros
+        slots = 0 if config.window is None else config.window + 1
+        layers: list[RecurrentState | AttentionState] = [
+            RecurrentState(
+                h=zeros(B, config.lru_width, dtype=torch.promote_types(dtype, torch.float32)),
+                conv=zeros(B, config.conv_width - 1, config.lru_width, dtype=dtype),
+            )
+            if kind == "recurrent"
+            else AttentionState(
+                keys=zeros(B, slots, config.num_kv_heads, config.head_width, dtype=dtype),
+                values=zeros(B, slots, config.num_kv_heads, config.head_width, dtype=dtype),
+                grows=config.window is None,
+            )
+            for kind in config.block_types
+        ]
+        return State(layers, zeros(B, dtype=torch.int64), longest=0, fingerprint=self.fingerprint)
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Give a sha256 of the architecture and 16 values of every parameter: two models that differ, differ in it."""
+        architecture = {name: value for name, value in asdict(self.config).items() if name != "init"}
+        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+        for name, parameter in sorted(self.named_parameters()):
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, values.numel() // 16)][:16].float().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _span(self, tokens: Tensor, state: State | None, positions: Tensor | None, lengths: Tensor | None) -> Span:
+        """Check the arguments of `forward` before anything is written, and derive what the layers share."""
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}; it must be (B, T>0) int64 or int32")
+        B, T = tokens.shape
+        if state is not None and state.batch_size != B:
+            raise ValueError(f"tokens has {B} rows, the state {state.batch_size}: use new_state({B}) or rows()")
+        for name, tensor, shape in (("positions", positions, (B, T)), ("lengths", lengths, (B,))):
+            if tensor is not None and (tensor.shape != shape or tensor.is_floating_point()):
+                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {shape} whole numbers")
+        checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+        padding = None
+        if lengths is not None:
+            if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+                raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
+            padding = torch.arange(T, device=tokens.device) >= lengths[:, None]
+        if checked and tokens.numel():
+            used = tokens if padding is None else tokens.masked_fill(padding, 0)
+            low, high = (int(value) for value in torch.aminmax(used))
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token {low if low < 0 else high} is not in the vocabulary 0 .. {self.config.vocab_size - 1}; "
+                    "was the text encoded with this model's tokenizer?"
+                )
+        start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
+        longest = 0 if state is None else state.longest
+        if positions is None:
+            positions = start[:, None] + torch.arange(T, device=tokens.device)
+            longest += T
+        else:
+            positions = positions.to(torch.int64)
+            if checked and B:
+                self._check_positions(positions, start if state is not None else None, padding)
+            longest = max(longest, int(positions.max()) + 1) if state is not None and B else 0
+        reset = positions == 0
+        if padding is not None:
+            reset = reset & ~padding
+        cos, sin = rope_table(positions, self.config.rope_width, self.config.rope_base)
+        earlier = 0
+        if state is not None:
+            earlier = state.longest if self.config.window is None else min(state.longest, self.config.window)
+            for layer in state.layers:
+                if isinstance(layer, AttentionState) and layer.grows:
+                    layer.reserve_(longest)
+        return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest)
+
+    @staticmethod
+    def _check_positions(positions: Tensor, start: Tensor | None, padding: Tensor | None) -> None:
+        """Refuse offsets that neither go on by one nor start a document."""
+        follows = torch.ones_like(positions, dtype=torch.bool)
+        follows[:, 1:] = positions[:, 1:] == positions[:, :-1] + 1
+        follows[:, 0] = positions[:, 0] >= 0 if start is None else positions[:, 0] == start
+        wrong = ~(follows | (positions == 0))
+        if padding is not None:
+            wrong &= ~padding
+        if wrong.any():
+            b, t = (int(i) for i in wrong.nonzero()[0])
+            before = positions[b, t - 1] if t else (-1 if start is None else start[b] - 1)
+            raise ValueError(
+                f"positions[{b}, {t}]={int(positions[b, t])} must be {int(before) + 1} (the next token) "
+                "or 0 (a new document)"
+            )
+
+    @staticmethod
+    def _advance(state: State, span: Span) -> None:
+        if span.lengths is None:
+            after = span.positions[:, -1] + 1
+        else:
+            last = (span.lengths - 1).clamp(min=0)[:, None]
+            after = torch.where(span.lengths > 0, span.positions.gather(1, last)[:, 0] + 1, state.position)
+        state.position.copy_(after)
+        state.longest = span.longest
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap); None: logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _embedding_scale(config: GriffinConfig) -> float:
+    scale = math.sqrt(config.width)
+    return torch.tensor(scale).bfloat16().item() if config.embedding_scale == "bf16" else scale
+
+
+def _last_inputs(inputs: Tensor, earlier: Tensor, span: Span) -> Tensor:
+    """The convolution's state after `lengths` tokens: the last inputs that count, zero before the last reset."""
+    lengths, count, R = cast(Tensor, span.lengths), earlier.shape[1], inputs.shape[2]
+    everything = torch.cat([earlier, inputs], dim=1)
+    index = lengths[:, None] + torch.arange(count, device=lengths.device)  # inputs lengths - count ...
+    last = everything.gather(1, index[..., None].expand(-1, -1, R))
+    resets = F.pad(span.reset, (count, 0))
+    # An input is of an earlier document if a reset among the tokens that count comes after it.
+    later = resets.long().flip(1).cumsum(1).flip(1) - resets.long()
+    return last.masked_fill((later.gather(1, index) > 0)[..., None], 0)
+
+
+@torch.no_grad()
+def init_weights(model: Griffin, generator: torch.Generator | None = None) -> None:
+    """Fill every parameter: normal weights with the standard deviations below, zero biases and norms.
+
+    | parameter | standard deviation |
+    |---|---|
+    | embedding; q, k, v; linear_x, linear_y | sqrt(1 / D) |
+    | what each block adds to the residual: linear_out, o_proj, down_proj | sqrt(2 / (L * fan_in)) |
+    | gate_proj, up_proj | sqrt(1 / (2 D)), Google JAX's: it counts both branches as fan-in |
+    | conv_1d | sqrt(0.01 / conv_width) |
+    | gates | recurrentgemma: sqrt(1 / R), Google JAX's; paper: sqrt(num_gate_blocks / R), LeCun within a block |
+
+    recurrent_param p, with softplus(p) = -log a: recurrentgemma, a^2 uniform on [0.9^2, 0.999^2]; paper, a^8 uniform on
+    [0.9, 0.999]. Drawn and inverted in fp64: in bf16 it would take 14 different values.
+    """
+    config = model.config
+    D, R, L = config.width, config.lru_width, config.num_layers
+    gate_fan_in = R if config.init == "recurrentgemma" else R // config.num_gate_blocks
+    deviations = {
+        "embed_tokens": D**-0.5,
+        "q_proj": D**-0.5,
+        "k_proj": D**-0.5,
+        "v_proj": D**-0.5,
+        "o_proj": (2 / (L * D)) ** 0.5,
+        "linear_x": D**-0.5,
+        "linear_y": D**-0.5,
+        "linear_out": (2 / (L * R)) ** 0.5,
+        "gate_proj": (2 * D) ** -0.5,
+        "up_proj": (2 * D) ** -0.5,
+        "down_proj": (2 / (L * config.mlp_width)) ** 0.5,
+        "conv_1d": (0.01 / config.conv_width) ** 0.5,
+        "input_gate_weight": gate_fan_in**-0.5,
+        "recurrent_gate_weight": gate_fan_in**-0.5,
+    }
+    for name, parameter in model.named_parameters():
+        *_, owner, leaf = name.split(".")
+        if leaf == "recurrent_param":
+            parameter.copy_(_initial_recurrent_param(config, generator, parameter.device))
+        elif leaf in deviations or (leaf == "weight" and owner in deviations):
+            parameter.normal_(0.0, deviations[leaf if leaf in deviations else owner], generator=generator)
+        else:
+            parameter.zero_()  # biases, norms
+
+
+def _initial_recurrent_param(config: GriffinConfig, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    u = torch.rand(config.lru_width, generator=generator, device=device, dtype=torch.float64)
+    if config.init == "recurrentgemma":
+        log_a = (0.9**2 + u * (0.999**2 - 0.9**2)).log() / 2
+    else:
+        log_a = (0.9 + u * (0.999 - 0.9)).log() / C
+    return torch.expm1(-log_a).log()  # the inverse of softplus

@@ -1,0 +1,23 @@
+"""The operations on tensors: a contract, a plain-PyTorch definition and, per device, kernels registered on its name.
+
+They know no module, config or state.
+"""
+
+from griffin.ops.attention import local_attention, ring_attention
+from griffin.ops.conv import causal_conv1d
+from griffin.ops.linear import block_diagonal_linear, output_linear
+from griffin.ops.rg_lru import rg_lru
+from griffin.ops.rope import rope, rope_table
+from griffin.ops.scan import linear_scan
+
+__all__ = [
+    "block_diagonal_linear",
+    "causal_conv1d",
+    "linear_scan",
+    "local_attention",
+    "output_linear",
+    "rg_lru",
+    "ring_attention",
+    "rope",
+    "rope_table",
+]

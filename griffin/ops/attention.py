@@ -1,0 +1,110 @@
+"""local_attention: each token attends to the W tokens before it and to itself, within its document."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
+QUERY_CHUNK = 256
+
+
+def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Compute softmax(q_t . k_j / sqrt(K)) v_j over the keys j that token t sees.
+
+    Token t, at offset p_t in its document, sees the min(p_t, W) tokens before it and itself: W + 1 keys at most, the
+    token itself not counted in W. Documents and windows need no other mask than `positions`.
+
+    Args:
+        queries: (B, T, H, K) any floating dtype, after RoPE.
+        keys: (B, S + T, G, K) in the same dtype, after RoPE; S earlier tokens of each row come first, in order of time.
+            H is a multiple of G; query head h uses key head h // (H / G).
+        values: as keys.
+        positions: (B, T) whole numbers, p_t >= 0. Where p_t > S + t the tokens not given count as absent.
+        window: W, or None to see the whole document.
+
+    Returns:
+        (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
+
+    Time O(T * (W + 256)); memory for scores never grows with T when W is given.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+
+    Source: Griffin, arXiv:2402.19427, section 2.3 (local MQA); the window rule, Google's LocalAttentionBlock.
+    """
+    B, T, H, K = queries.shape
+    if keys.shape != values.shape or keys.shape[0] != B or keys.shape[3] != K or keys.shape[1] < T or H % keys.shape[2]:
+        raise ValueError(
+            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
+            "(B, T, H, K) and twice (B, S+T, G, K) with H a multiple of G"
+        )
+    if positions.shape != (B, T):
+        raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, T)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, or None for global attention")
+    return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
+
+
+def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Attend from one token per row to a ring of slots that already holds that token.
+
+    The token at offset p of its document was written to slot p % S, so slots 0 .. min(p, S-1) hold what it sees.
+
+    Args:
+        queries: (B, 1, H, K) any floating dtype, after RoPE.
+        keys: (B, S, G, K) in the same dtype, after RoPE; S = W + 1 slots in any rotation.
+        values: as keys.
+        positions: (B, 1) whole numbers p, each row's own.
+
+    Returns:
+        (B, 1, H, K) in queries.dtype.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    B, T, H, K = queries.shape
+    if T != 1 or keys.shape != values.shape or keys.shape[0] != B or keys.shape[3] != K or H % keys.shape[2]:
+        raise ValueError(
+            f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
+            "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
+        )
+    return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
+
+
+# Composite: PyTorch differentiates through them. A kernel for a device, with its gradient, registers on the same names.
+_library = torch.library.Library("griffin", "FRAGMENT")
+_library.define("local_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int? window) -> Tensor")
+_library.define("ring_attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor")
+
+
+@torch.library.impl(_library, "local_attention", "CompositeImplicitAutograd")
+def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    T, earlier = q.shape[1], k.shape[1] - q.shape[1]
+    seen = positions if window is None else positions.clamp(max=window)  # earlier tokens each query sees
+    outputs = []
+    for start in range(0, T, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, T)
+        left = 0 if window is None else max(0, earlier + start - window)
+        right = earlier + stop
+        index = torch.arange(left, right, device=q.device)
+        query_index = torch.arange(earlier + start, right, device=q.device)[:, None]
+        # (B, stop - start, right - left): key j is not after the query and not more than `seen` before it.
+        mask = (index <= query_index) & (index >= query_index - seen[:, start:stop, None])
+        outputs.append(_attend(q[:, start:stop], k[:, left:right], v[:, left:right], mask))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@torch.library.impl(_library, "ring_attention", "CompositeImplicitAutograd")
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    slots = torch.arange(k.shape[1], device=q.device)
+    return _attend(q, k, v, slots <= positions[:, :, None])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """(B, t, H, K), (B, s, G, K) twice, (B, t, s) bool -> (B, t, H, K)."""
+    H, G = q.shape[2], k.shape[2]
+    # Query heads that share keys read the same memory: expand copies nothing when G is 1.
+    k, v = (t[:, :, :, None].expand(-1, -1, -1, H // G, -1).flatten(2, 3).transpose(1, 2) for t in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None]).transpose(1, 2)

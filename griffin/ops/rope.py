@@ -1,0 +1,52 @@
+"""rope: rotary position embedding of the first part of each head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin of p * base^(-2i / rope_width), i = 0 .. rope_width/2 - 1.
+
+    Angles are formed in fp64: in fp32 they are off by 0.004 radians at position 100,000, and a state can live longer.
+
+    Args:
+        positions: (B, T) whole numbers, offset of each token in its document.
+        rope_width: channels that are rotated, even.
+        base: wavelength base.
+
+    Returns:
+        cos, sin: (B, T, rope_width / 2) fp32.
+    """
+    exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
+    angles = positions.to(torch.float64)[..., None] * base**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel pairs (i, i + n) of each head by the table's angles, i < n; leave channels 2n and up alone.
+
+        y_i = x_i cos_i - x_{i+n} sin_i;  y_{i+n} = x_{i+n} cos_i + x_i sin_i
+
+    Args:
+        x: (B, T, H, K), queries or keys; bf16, fp16, fp32 or fp64.
+        cos, sin: (B, T, n) fp32 from `rope_table`, 2n <= K.
+
+    Returns:
+        (B, T, H, K) in x.dtype; products are in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: the table does not fit x.
+
+    Source: RoFormer, arXiv:2104.09864; half of each head as in Google's RecurrentGemma.
+    """
+    n = cos.shape[-1]
+    if x.dim() != 4 or cos.shape != sin.shape or cos.shape[:2] != x.shape[:2] or 2 * n > x.shape[3]:
+        raise ValueError(f"x {tuple(x.shape)}, table {tuple(cos.shape)}: they must be (B, T, H, K>=2n) and (B, T, n)")
+    if n == 0:
+        return x
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second, rest = x.split([n, n, x.shape[3] - 2 * n], dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)

@@ -1,0 +1,134 @@
+"""linear_scan: h_t = a_t * h_{t-1} + x_t, with its gradient, in linear time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Time is cut in chunks of this many tokens wherever something is kept or computed per chunk.
+CHUNK = 64
+# With fewer channels than this in flight (B * R), a step of the loop over time is all overhead, and on a GPU it always
+# is: there, chunks run side by side. Above it, chunks cost two more passes over memory than the plain loop.
+_WIDE = 512
+
+
+def linear_scan(x: Tensor, a: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compute h_t = a_t * h_{t-1} + x_t over time, channel by channel.
+
+    Args:
+        x: (B, T, R) bf16, fp16, fp32 or fp64, the whole input term.
+        a: (B, T, R) in x.dtype, the decay in [0, 1]; a_t = 0 forgets the past.
+        h0: (B, R) fp32 (fp64 if x is), the state before the first token; None means zeros.
+
+    Returns:
+        y: (B, T, R) in x.dtype, with y[:, t] = h_t.
+        h_last: (B, R) fp32 (fp64 if x is), h_T before rounding, so that chunks join exactly.
+
+    All arithmetic is in fp32 (fp64 if x is). Gradients for x, a and h0, through y and h_last.
+
+    Raises:
+        ValueError: T is 0, or the arguments disagree in shape or dtype.
+
+    Source: Griffin, arXiv:2402.19427, eq. 4, with its whole input term as x.
+    """
+    if x.dim() != 3 or x.shape != a.shape or x.dtype != a.dtype or x.shape[1] == 0:
+        raise ValueError(f"x {tuple(x.shape)} {x.dtype} and a {tuple(a.shape)} {a.dtype} must be the same (B, T>0, R)")
+    return torch.ops.griffin.linear_scan(x, a, initial_state(x, h0))  # type: ignore[no-any-return]
+
+
+def initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
+    """Give h0 checked, or zeros (B, R) in the accumulation dtype of x."""
+    shape, dtype = (x.shape[0], x.shape[2]), accumulation_dtype(x)
+    if h0 is None:
+        return x.new_zeros(shape, dtype=dtype)
+    if h0.shape != shape or h0.dtype != dtype:
+        raise ValueError(f"h0 is {tuple(h0.shape)} {h0.dtype}; this x needs {shape} {dtype}")
+    return h0
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64 (the reference), fp32 for everything else."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.library.custom_op("griffin::linear_scan", mutates_args=())
+def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
+    return h.to(x.dtype), h[:, -1].clone()
+
+
+@_linear_scan.register_fake
+def _(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h0)
+
+
+@torch.library.custom_op("griffin::linear_scan_backward", mutates_args=())
+def _linear_scan_backward(
+    dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    a_, x_ = a.to(h0.dtype), x.to(h0.dtype)
+    g = reverse_scan(a_, dy.to(h0.dtype), dh_last)
+    h = scan(a_, x_, h0)
+    before = torch.cat([h0[:, None], h[:, :-1]], dim=1)  # h_{t-1}
+    return g.to(x.dtype), (g * before).to(a.dtype), a_[:, 0] * g[:, 0]
+
+
+@_linear_scan_backward.register_fake
+def _(dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(h0)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy, dh_last):  # type: ignore[no-untyped-def]
+    return torch.ops.griffin.linear_scan_backward(dy, dh_last, *ctx.saved_tensors)
+
+
+_linear_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scan(a: Tensor, b: Tensor, h0: Tensor, *, wide: int = _WIDE) -> Tensor:
+    """Give h with h_t = a_t h_{t-1} + b_t: (B, T, R), all arguments of one dtype, no gradient.
+
+    `wide` is the number B * R from which the loop over time is taken as it stands; below it, whole chunks run side by
+    side from zero and are then corrected by (product of a) * (state before the chunk). Both take linear time.
+    """
+    B, T, R = b.shape
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
+    chunks = T // CHUNK
+    if chunks < 2 or (wide <= B * R and not b.is_cuda):
+        _loop(a, b, h0, h)
+        return h
+    whole = chunks * CHUNK
+    a_chunks, b_chunks, h_chunks = (t[:, :whole].unflatten(1, (chunks, CHUNK)) for t in (a, b, h))
+    _loop(a_chunks, b_chunks, h0.new_zeros(B, chunks, R), h_chunks)
+    decay = a_chunks.cumprod(dim=2)
+    before = h0.new_empty(B, chunks, R)
+    _loop(decay[:, :, -1], h_chunks[:, :, -1].clone(), h0, after := torch.empty_like(before))
+    before[:, 0], before[:, 1:] = h0, after[:, :-1]
+    h_chunks.addcmul_(decay, before[:, :, None])
+    if whole < T:
+        _loop(a[:, whole:], b[:, whole:], h[:, whole - 1], h[:, whole:])
+    return h
+
+
+def reverse_scan(a: Tensor, dy: Tensor, dh_last: Tensor, *, wide: int = _WIDE) -> Tensor:
+    """Give g with g_t = dy_t + a_{t+1} g_{t+1} and g_T = dy_T + dh_last: the gradient of the loss in h_t."""
+    B, T, R = dy.shape
+    if wide > B * R or dy.is_cuda:
+        shifted = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], dim=1)
+        return scan(shifted.flip(1), dy.flip(1), dh_last, wide=wide).flip(1)
+    g = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    a_steps, dy_steps, g_steps = a.unbind(1), dy.unbind(1), g.unbind(1)
+    torch.add(dy_steps[-1], dh_last, out=g_steps[-1])
+    for t in reversed(range(T - 1)):
+        torch.addcmul(dy_steps[t], a_steps[t + 1], g_steps[t + 1], out=g_steps[t])
+    return g
+
+
+def _loop(a: Tensor, b: Tensor, h: Tensor, out: Tensor) -> None:
+    """Write the definition into `out`: time is the last axis but one, h the state before it."""
+    for a_t, b_t, out_t in zip(a.unbind(-2), b.unbind(-2), out.unbind(-2), strict=True):
+        h = torch.addcmul(b_t, a_t, h, out=out_t)
