@@ -1,0 +1,119 @@
+"""Cross entropy from hidden states, without ever holding (B, T, V) logits; bits per byte."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOT_COUNTED = -1  # the target of a token that has nothing to predict
+
+
+def cross_entropy(
+    hidden: Tensor,
+    embedding: Tensor,
+    targets: Tensor,
+    *,
+    soft_cap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute sum over counted tokens of logsumexp(c) - c[target], c = cap tanh(hidden embedding^T / cap).
+
+    Logits live for one chunk of tokens at a time; where a gradient is wanted it is formed in the same pass, so nothing
+    of size V is kept per token. Logits, softmax and sums are in fp32 (fp64 for fp64).
+
+    Args:
+        hidden: (B, T, D) from `Griffin.forward`.
+        embedding: (V, D), `Griffin.embedding`.
+        targets: (B, T) int64 in [0, V), or NOT_COUNTED (-1).
+        soft_cap: the cap of the logits, `config.logits_soft_cap`; None means none.
+        chunk_tokens: tokens per chunk; None keeps a chunk's logits at 32 MB on a CPU and 1 GB on a GPU.
+
+    Returns:
+        nats: () fp32 (fp64 for fp64), the sum; its gradient reaches hidden and embedding.
+        count: () int64, how many tokens were counted. nats / count is the mean.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, or (on a CPU) a target is out of range.
+    """
+    if hidden.dim() != 3 or embedding.dim() != 2 or hidden.shape[2] != embedding.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, embedding {tuple(embedding.shape)}: must be (B, T, D), (V, D)")
+    if targets.shape != hidden.shape[:2] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {tuple(targets.shape)} {targets.dtype}; it must be {tuple(hidden.shape[:2])} int64"
+        )
+    V = embedding.shape[0]
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in torch.aminmax(targets))
+        if low < NOT_COUNTED or high >= V:
+            raise ValueError(
+                f"target {low if low < NOT_COUNTED else high} is neither in 0 .. {V - 1} nor {NOT_COUNTED}"
+            )
+    if chunk_tokens is None:
+        chunk_tokens = max(64, (2**28 if hidden.is_cuda else 2**23) // V)
+    nats = _CrossEntropy.apply(hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens)
+    return nats, (targets != NOT_COUNTED).sum()
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """nats / (ln 2 * bytes of UTF-8 text predicted): comparable across tokenizers, which nats per token is not.
+
+    Raises:
+        ValueError: num_bytes < 1.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"num_bytes={num_bytes}: bits per byte needs text")
+    return nats / (math.log(2) * num_bytes)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(N, D), (V, D), (N,) -> (); the gradient is computed with the value and kept until asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float | None, chunk_tokens: int
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        # On a GPU bf16 products with fp32 sums; on a CPU fp32 throughout, where bf16 would be slower and coarser.
+        narrow = hidden.dtype if hidden.is_cuda else wide
+        weight = embedding.to(narrow)
+        with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        d_hidden = torch.empty_like(hidden) if with_gradient else None
+        d_weight = torch.zeros_like(embedding, dtype=wide) if with_gradient else None
+        nats = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            span = slice(start, start + chunk_tokens)
+            h, target = hidden[span].to(narrow), targets[span]
+            counted = target != NOT_COUNTED
+            target = target.clamp(min=0)[:, None]
+            logits = _matmul(h, weight.T, wide)
+            if cap is not None:
+                logits.div_(cap).tanh_().mul_(cap)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            nats += ((normalizer - logits.gather(1, target))[:, 0] * counted).sum()
+            if d_hidden is None or d_weight is None:
+                continue
+            d_logits = torch.exp(logits - normalizer)
+            d_logits.scatter_add_(1, target, d_logits.new_full((), -1.0).expand_as(target))
+            if cap is not None:
+                d_logits.mul_(logits.div_(cap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
+            d_logits.mul_(counted[:, None])
+            d_logits = d_logits.to(narrow)
+            d_hidden[span] = _matmul(d_logits, weight, wide)
+            d_weight += _matmul(d_logits.T, h, wide)
+        if d_hidden is not None and d_weight is not None:
+            ctx.save_for_backward(d_hidden, d_weight.to(embedding.dtype))
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grads[0], d_weight * grads[0], None, None, None
+
+
+def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b with sums and result in `dtype`."""
+    product: Tensor = a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    return product
