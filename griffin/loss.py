@@ -53,7 +53,9 @@ def cross_entropy(
             )
     if chunk_tokens is None:
         chunk_tokens = max(64, (2**28 if hidden.is_cuda else 2**23) // V)
-    nats = _CrossEntropy.apply(hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens)
+    nats = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens
+    )
     return nats, (targets != NOT_COUNTED).sum()
 
 

@@ -1,0 +1,312 @@
+"""Model folders: config.json, model.safetensors (sharded when large), the tokenizer, generation_config.json.
+
+A folder is Hugging Face's; released RecurrentGemma folders load as they are. Only safetensors and JSON are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from griffin.config import GriffinConfig
+from griffin.config_json import config_from_json, config_to_json
+from griffin.errors import GriffinError
+from griffin.files import whole_folder
+from griffin.model import Griffin
+from griffin.tokenizer import Tokenizer
+from griffin.tokenizer import load_tokenizer as _load_tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD_BYTES = 4 * 2**30
+_SLAB_BYTES = 64 * 2**20  # read and converted at a time
+TIED = "lm_head.weight"  # some released folders hold the embedding twice
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_Meta = tuple[torch.Size, torch.dtype]
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Griffin:
+    """Load a model folder, in eval mode.
+
+    Each tensor is read straight into its place, a slab at a time: the peak of memory is the model and one slab.
+
+    Args:
+        path_or_hub_id: a folder, or a Hugging Face id such as "google/recurrentgemma-2b-it".
+        device: where the weights go.
+        dtype: of the weights and activations; None keeps every tensor's own, and the embedding's for activations.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        GriffinError: the folder is not there or not a model, or a file is missing, damaged or does not fit the config.
+    """
+    folder = resolve(path_or_hub_id)
+    config = read_config(folder)
+    if dtype is not None and dtype not in _FLOATS:
+        raise GriffinError(f"dtype={dtype} is not one of {', '.join(str(known) for known in _FLOATS)}")
+    model = Griffin(config, device="meta")
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    files = {file: _describe(file, names) for file, names in weight_files(folder).items()}
+    stored = {name: meta for metas in files.values() for name, meta in metas.items()}
+    _check_names(folder, expected, {name: shape for name, (shape, _) in stored.items() if name != TIED})
+    total = sum(shape.numel() * kind.itemsize for shape, kind in stored.values())
+    tensors = {
+        name: torch.empty(shape, dtype=dtype or kind, device=device)
+        for name, (shape, kind) in stored.items()
+        if name != TIED
+    }
+    done = 0
+    for file, metas in files.items():
+        for name, rows, slab in _slabs(file, {name: meta for name, meta in metas.items() if name != TIED}):
+            tensors[name][rows] = slab.to(tensors[name].dtype)
+            done += slab.nbytes
+            if progress is not None:
+                progress(done, total)
+    for file, metas in files.items():
+        if TIED in metas:
+            _check_tied(file, metas[TIED], tensors["model.embed_tokens.weight"])
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensors.pop(name), parameter.requires_grad))
+    model.activation_dtype = model.embedding.dtype
+    return model.eval()
+
+
+def save(model: Griffin, path: str | Path, tokenizer: Tokenizer | None = None, *, overwrite: bool = False) -> None:
+    """Write a model folder, whole or not at all. `transformers` opens it where it knows the architecture.
+
+    Args:
+        model: the model.
+        path: the folder; it is made.
+        tokenizer: written beside it; None writes none.
+        overwrite: replace a model folder that is already there.
+
+    Raises:
+        GriffinError: the folder exists and overwrite is False, or holds something that is not a model.
+    """
+    write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite)
+
+
+def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
+    """Load the tokenizer of a model folder or Hugging Face id.
+
+    Raises:
+        GriffinError: there is none, or it is damaged.
+    """
+    return _load_tokenizer(resolve(path_or_hub_id))
+
+
+def write_folder(
+    path: Path,
+    config: GriffinConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write config, tensors (by their names in the file) and tokenizer as a model folder, whole or not at all."""
+    if path.exists():
+        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+            raise GriffinError(f"{path} exists and is not a model folder; choose another place")
+        if not overwrite and any(path.iterdir()):
+            raise GriffinError(f"{path} already holds a model; choose another place, or say to overwrite it")
+    with whole_folder(path) as folder:
+        write_files(folder, config, tensors, tokenizer)
+
+
+def write_files(
+    folder: Path, config: GriffinConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> None:
+    """Write a model's files into a folder that exists (inside `whole_folder`, so that no one sees a part)."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
+    stored = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config_to_json(config, dtype=stored, special_ids=special))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        stops = {"eos_token_id": list(tokenizer.stop_ids) or None}
+        _write_json(folder / "generation_config.json", special | stops)
+    shards = _shards(tensors)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def read_config(folder: Path) -> GriffinConfig:
+    """Read config.json of a model folder."""
+    file = folder / "config.json"
+    return config_from_json(read_json(file), str(file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        GriffinError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GriffinError(f"{file} does not exist; a model folder needs it") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise GriffinError(f"{file} is not JSON ({error}); it may be cut short, use another copy") from error
+    if not isinstance(data, dict):
+        raise GriffinError(f"{file} holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """Give the folder itself, or download a Hugging Face repository's model files and give their folder.
+
+    Raises:
+        GriffinError: neither a folder nor a repository that can be had.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_hub_id)
+    if path.exists():
+        raise GriffinError(f"{name} is a file; give the model folder it is in")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise GriffinError(f"{name} does not exist; give a model folder or a Hugging Face id such as org/name")
+    from huggingface_hub import snapshot_download  # not needed for folders
+
+    try:
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # many kinds, from many libraries below: network, licence, names
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise GriffinError(
+            f"{name} is no folder here, and the Hugging Face hub did not give it: {reason[0]}"
+        ) from error
+
+
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Give the tensor names in each weight file of a folder, checked against the index where there is one.
+
+    Raises:
+        GriffinError: no weights, a file of the index is missing or damaged, or the index and a file disagree.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.exists():
+        return {single: _names(single)}
+    if not index.exists():
+        others = sorted(file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f"; {others[0]} is not read, use safetensors (griffin convert reads Google's .pt)" if others else ""
+        raise GriffinError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GriffinError(f"{index} has no weight_map; use another copy")
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise GriffinError(f"{index} names {file!r} for {name}; a file of the same folder is needed")
+        files.setdefault(folder / file, []).append(name)
+    for path, names in files.items():
+        held = _names(path)
+        if set(held) != set(names):
+            odd = sorted(set(held) ^ set(names))
+            raise GriffinError(f"{path} and {index.name} disagree about {_some(odd)}; use another copy")
+    return files
+
+
+def _names(file: Path) -> list[str]:
+    with _open(file) as handle:
+        return list(handle.keys())
+
+
+def _describe(file: Path, names: list[str]) -> dict[str, _Meta]:
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    metas: dict[str, _Meta] = {}
+    with _open(file) as handle:
+        for name in names:
+            view = handle.get_slice(name)
+            if view.get_dtype() not in kinds:
+                raise GriffinError(f"{file}: {name} is {view.get_dtype()}; weights must be one of {', '.join(kinds)}")
+            metas[name] = torch.Size(view.get_shape()), kinds[view.get_dtype()]
+    return metas
+
+
+def _slabs(file: Path, metas: Mapping[str, _Meta]) -> Iterator[tuple[str, slice, Tensor]]:
+    """Yield (name, rows, tensor) of at most _SLAB_BYTES each.
+
+    The file is mapped anew after every few slabs: pages that were read count as this process's memory while mapped.
+    """
+    handle, mapped = _open(file), 0
+    for name, (shape, kind) in metas.items():
+        row_bytes = max(1, shape[1:].numel() * kind.itemsize)
+        step = max(1, _SLAB_BYTES // row_bytes)
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            yield name, rows, handle.get_slice(name)[rows]
+            mapped += (rows.stop - rows.start) * row_bytes
+            if mapped >= 2 * _SLAB_BYTES:
+                handle, mapped = _open(file), 0
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise GriffinError(f"{file} does not exist; the folder's index names it, download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise GriffinError(f"{file} cannot be read ({error}); it may be cut short, use another copy") from error
+
+
+def _check_names(folder: Path, expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Size]) -> None:
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing or unknown:
+        lacks = f" lacks {_some(missing)}" if missing else ""
+        extra = f" has {_some(unknown)}, which the model does not" if unknown else ""
+        raise GriffinError(
+            f"{folder}{lacks}{' and' if missing and unknown else ''}{extra}; config.json is of another model"
+        )
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise GriffinError(f"{folder}: {name} is {tuple(stored[name])}, but config.json says {tuple(shape)}")
+
+
+def _check_tied(file: Path, meta: _Meta, embedding: Tensor) -> None:
+    """lm_head.weight is read only to see that it is the embedding."""
+    same = meta[0] == embedding.shape and all(
+        torch.equal(slab.to(embedding), embedding[rows]) for _, rows, slab in _slabs(file, {TIED: meta})
+    )
+    if not same:
+        raise GriffinError(f"{file}: lm_head.weight differs from the embedding; untied models are not supported")
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
