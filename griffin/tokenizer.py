@@ -1,0 +1,512 @@
+"""Text to ids and back: a Hugging Face `tokenizers` backend with rules that hold for every vocabulary.
+
+Ordinary text never produces a control token; a sequence begins with at most one BOS; decoding in pieces gives what
+decoding at once gives. For that, ids become text through their bytes, here and not in the backend: bytes join, one
+UTF-8 decoder reads them, and what is not UTF-8 becomes U+FFFD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from griffin import chat_template
+from griffin.errors import GriffinError
+from griffin.files import whole_file
+from griffin.token_text import TextStream as TextStream
+from griffin.token_text import TextTable, byte_letters, piece_decoder
+
+# Tokens that end a turn without being the vocabulary's eos: Gemma's, ChatML's, Llama 3's.
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
+
+# Words with the one sign before them, numbers by up to three digits, punctuation, line breaks, other blanks. Whatever
+# no branch takes stays as it is, so nothing is lost.
+SPLIT = (
+    r"['’](?i:[sdmt]|ll|ve|re)(?!\p{L})|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TRAINED_SPECIALS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
+
+# For a bare tokenizer.json, which does not say what its special tokens are for.
+USUAL_NAMES = {
+    "bos_token": ("<bos>", "<s>", "<|begin_of_text|>"),
+    "eos_token": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad_token": ("<pad>",),
+}
+
+
+class Tokenizer:
+    """A vocabulary, its special tokens and its chat template.
+
+    Args:
+        backend: byte-level BPE, or BPE with byte fallback (SentencePiece style). Special tokens named below are made
+            special in it. It must not be changed afterwards.
+        bos, eos, pad: the tokens' strings; None where there is none.
+        chat_template: a Jinja template as Hugging Face folders have them.
+        stop_ids: further ids that end generation; eos and the usual ends of a turn are found without being named.
+
+    Raises:
+        GriffinError: a special token is not in the vocabulary, or the backend's decoder is of a kind not supported.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None = None,
+        eos: str | None = None,
+        pad: str | None = None,
+        chat_template: str | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.chat_template = chat_template
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        for name, token in self._names.items():
+            if token is not None and backend.token_to_id(token) is None:
+                raise GriffinError(f"{name} {token!r} is not in the vocabulary; name a token that it has")
+        turn_tokens = [token for token in TRAINED_SPECIALS[3:] if backend.token_to_id(token) is not None]
+        _make_special(backend, [*(token for token in self._names.values() if token is not None), *turn_tokens])
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if token is None else backend.token_to_id(token) for token in self._names.values()
+        )
+        added = backend.get_added_tokens_decoder()
+        self._specials = {index: token.content for index, token in added.items() if token.special}
+        ends = [index for index, text in self._specials.items() if text in TURN_ENDS]
+        eos_ids = [] if self.eos_id is None else [self.eos_id]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *ends, *stop_ids]))
+        self._to_bytes, self._strip = piece_decoder(backend)
+        if bos is not None and self.bos_id is not None:  # only for those who open the saved file with other software
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, self.bos_id)]
+            )
+        self._plain = _plain_twin(backend)
+        unknown = getattr(backend.model, "unk_token", None)
+        self._control = frozenset(index for index, text in self._specials.items() if text != unknown)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The number of ids, added tokens included: the largest id + 1."""
+        return max(self._text) + 1
+
+    @cached_property
+    def _text(self) -> TextTable:
+        added = self.backend.get_added_tokens_decoder()
+        text = {index: self._to_bytes(piece, index in added) for piece, index in self.backend.get_vocab().items()}
+        return {**text, **dict.fromkeys(self._specials, b"")}  # special tokens stand for no text
+
+    def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
+        """Return the ids of `text`.
+
+        Args:
+            bos: begin with `bos_id`, once, where the vocabulary has one.
+            special: read "<end_of_turn>" and the like in `text` as control tokens; otherwise they are ordinary text.
+
+        Raises:
+            GriffinError: `text` holds a lone surrogate, which no UTF-8 has.
+        """
+        ids = self._ids(text, special)
+        return self._with_bos(ids) if bos else ids
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
+        """Return `encode` of each text, computed in parallel."""
+        try:
+            batch = [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except TypeError:
+            batch = [self._ids(text, False) for text in texts]  # which says what is wrong with which text
+        for ids in batch:
+            self._refuse_control(ids)
+        return [self._with_bos(ids) for ids in batch] if bos else batch
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Ids the vocabulary does not have stand for no text: embeddings often have more rows than there are tokens.
+        """
+        get = self._text.get
+        if skip_special:
+            data = b"".join(get(index, b"") for index in ids)
+        else:
+            specials = {index: text.encode() for index, text in self._specials.items()}
+            data = b"".join(specials.get(index) or get(index, b"") for index in ids)
+        return (data.removeprefix(b" ") if self._strip else data).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        """Start decoding ids one by one, special tokens skipped."""
+        return TextStream(self._text, self._strip)
+
+    def token_bytes(self, ids: Sequence[int]) -> int:
+        """Count the UTF-8 bytes of the text that `ids` stand for, special tokens 0, for bits per byte.
+
+        token_bytes(encode(text, bos=False)) == len(text.encode()), with one exception: SentencePiece vocabularies
+        cannot tell "▁" (U+2581) from a space, and its 3 bytes count as 1.
+        """
+        pieces = [self._text.get(index, b"") for index in ids]
+        prefixed = self._strip and next((piece for piece in pieces if piece), b"").startswith(b" ")
+        return sum(map(len, pieces)) - prefixed
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Render the chat template over `messages` and return the ids, with exactly one BOS at the front.
+
+        No content produces a control token: where one holds a special token's text, template and contents are encoded
+        apart. Everywhere else the ids are those of Hugging Face's `apply_chat_template`.
+
+        Args:
+            messages: {"role": ..., "content": ...}; "model" is taken as "assistant".
+            add_generation_prompt: end where the assistant's answer begins.
+
+        Raises:
+            GriffinError: there is no chat template, it fails or refuses the messages, or a message is malformed.
+        """
+        return self._with_bos(
+            self._encode_rendered(*self._render(chat_template.checked(messages), add_generation_prompt))
+        )
+
+    def encode_chat_turn(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Return the ids that continue a conversation whose past has been read or generated already.
+
+        They follow the last assistant message's content and begin with what ends it (Gemma: "<end_of_turn>\\n"), so
+        the stop token that ended generation must not have been read. Before any answer, equal to `encode_chat`.
+
+        Raises:
+            GriffinError: as `encode_chat`; or the last message is the assistant's; or the template does not keep the
+                past as it was, so that this cannot work.
+        """
+        messages = chat_template.checked(messages)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return self.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        last = answers[-1]
+        if last == len(messages) - 1:
+            raise GriffinError(f"message {last} of {len(messages)} is the assistant's; end with a user message")
+        sentinel = (
+            chat_template.unused_mark([self.chat_template or "", *(message["content"] for message in messages)])
+            + "\ufdd4"
+        )
+        replaced = [*messages[:last], {"role": "assistant", "content": sentinel}, *messages[last + 1 :]]
+        text, spans = self._render(replaced, add_generation_prompt)
+        if (count := text.count(sentinel)) != 1:
+            raise GriffinError(
+                f"the chat template writes the last answer {count} times instead of once; "
+                "send the whole conversation with encode_chat"
+            )
+        before, tail = text.split(sentinel)
+        if before != self._render(messages[:last], True)[0]:
+            raise GriffinError(
+                "the chat template writes earlier turns differently once they are answered; "
+                "send the whole conversation with encode_chat"
+            )
+        cut = len(before) + len(sentinel)
+        return self._encode_rendered(tail, [(start - cut, end - cut) for start, end in spans if start >= cut])
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers' AutoTokenizer open.
+
+        `stop_ids` that come from elsewhere than eos and the ends of a turn belong to generation_config.json, which
+        the model's folder has.
+        """
+        folder = Path(folder)
+        config: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: token for name, token in self._names.items() if token is not None},
+            "add_bos_token": self.bos_id is not None,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        settings = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        for name, content in (("tokenizer.json", self.backend.to_str()), ("tokenizer_config.json", settings)):
+            with whole_file(folder / name) as temporary:
+                temporary.write_text(content, encoding="utf-8", newline="\n")
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over everything that decides ids: equal fingerprints, equal ids for every text."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        content = json.loads(self.backend.to_str())
+        keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+        rules = [{key: content[key] for key in keys}, self.bos_id, self.eos_id, self.pad_id]
+        return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """Return the tokenizer of plain bytes: ids 0-255 are the bytes, then <bos> 256, <eos> 257, <pad> 258."""
+        alphabet = {letter: byte for byte, letter in enumerate(byte_letters())}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(name, special=True) for name in ("<bos>", "<eos>", "<pad>")])
+        return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
+        """Train a byte-level BPE, lossless for any text.
+
+        Ids: <pad> 0, <eos> 1, <bos> 2, <start_of_turn> 3, <end_of_turn> 4 (with Gemma's chat template, so that the
+        model can learn dialogue later), the 256 bytes, the merges. Fewer than `vocab_size` ids come out where `texts`
+        has too few pairs that occur twice.
+
+        Raises:
+            GriffinError: `vocab_size` has no room for the bytes and the special tokens.
+        """
+        least = 256 + len(TRAINED_SPECIALS)
+        if vocab_size < least:
+            raise GriffinError(
+                f"vocabulary size {vocab_size} is too small: 256 bytes and {len(TRAINED_SPECIALS)} special tokens "
+                f"need {least}; ask for {least} or more"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(TRAINED_SPECIALS),
+            initial_alphabet=byte_letters(),
+            show_progress=show_progress,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=chat_template.GEMMA)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos_id is None:
+            return ids
+        first = next((at for at, index in enumerate(ids) if index != self.bos_id), len(ids))
+        return [self.bos_id, *ids[first:]]
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        try:
+            ids = (self.backend if special else self._plain).encode(text, add_special_tokens=False).ids
+        except TypeError:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise GriffinError(
+                    f"the text has a lone surrogate {text[error.start]!a} at character {error.start}; "
+                    "read it with errors='replace'"
+                ) from None
+            raise
+        if not special:
+            self._refuse_control(ids)
+        return list(ids)
+
+    def _refuse_control(self, ids: list[int]) -> None:
+        # Our vocabularies cannot get here. Some others hold a control token's text as an ordinary piece as well.
+        if not self._control.isdisjoint(ids):
+            token = next(self._specials[index] for index in ids if index in self._control)
+            raise GriffinError(f"this vocabulary cannot write {token!r} as ordinary text; remove it from the text")
+
+    def _render(
+        self, messages: Sequence[chat_template.Message], add_generation_prompt: bool
+    ) -> tuple[str, list[chat_template.Span]]:
+        """Return the rendered chat and where its contents lie; nowhere, where that cannot matter."""
+        if self.chat_template is None:
+            raise GriffinError(
+                "this tokenizer has no chat template: use a model made for chat, put a chat_template.jinja into its "
+                "folder, or encode the text yourself"
+            )
+        specials = {name: token for name, token in self._names.items() if token is not None}
+        text, spans = chat_template.render_marked(self.chat_template, messages, add_generation_prompt, specials)
+        for token in self._specials.values() if spans is None else ():
+            if any(token.lower() in message["content"].lower() for message in messages):
+                raise GriffinError(
+                    f"a message contains {token!r}, and this chat template rewrites contents, so that it could become "
+                    "a control token; remove it from the message"
+                )
+        return text, spans or []
+
+    def _encode_rendered(self, text: str, spans: list[chat_template.Span]) -> list[int]:
+        """Encode a rendered chat: special tokens count in the template's parts, never in the contents."""
+        pattern = "|".join(re.escape(token) for token in sorted(self._specials.values(), key=len, reverse=True))
+        found = [match.span() for match in re.finditer(pattern, text)] if pattern else []
+        if not any(start < high and low < end for low, high in found for start, end in spans):
+            return self._ids(text, special=True)
+        ids: list[int] = []
+        at = 0
+        for start, end in spans:
+            ids += self._ids(text[at:start], special=True) + self._ids(text[start:end], special=False)
+            at = end
+        return ids + self._ids(text[at:], special=True)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Open the tokenizer of a model folder, or of a single tokenizer.json or SentencePiece `*.model` file.
+
+    tokenizer.json is preferred to tokenizer.model; special tokens, chat template and stop ids come from the usual
+    files beside it. Nothing in the folder is executed.
+
+    Raises:
+        GriffinError: a file is missing, truncated, contradicts another or is of a kind not supported; it is named.
+    """
+    path = Path(folder)
+    file = path
+    if path.is_dir():
+        found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if not found:
+            raise GriffinError(f"{path}: no tokenizer here; the folder needs a {' or a '.join(TOKENIZER_FILES)}")
+        file = found[0]
+    elif not path.is_file():
+        raise GriffinError(f"{path}: no such file or folder; give a model folder, a tokenizer.json or a *.model file")
+    beside = file.parent if file.name in TOKENIZER_FILES else None  # other names stand alone
+    config = _read_settings(beside, "tokenizer_config.json")
+    token_map = _read_settings(beside, "special_tokens_map.json")
+
+    template = _chat_template(beside, config)
+    if file.suffix == ".model":
+        from griffin.sentencepiece import convert  # only Google's own folders have this kind of file
+
+        backend, defaults = convert(file)
+        if template is None and backend.token_to_id("<start_of_turn>") is not None:
+            template = chat_template.GEMMA
+    else:
+        backend = _read_backend(file)
+        specials = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        defaults = dict.fromkeys(USUAL_NAMES)
+        if not config and not token_map:
+            for name, usual in USUAL_NAMES.items():
+                defaults[name] = next((token for token in usual if token in specials), None)
+    for index, written in (config.get("added_tokens_decoder") or {}).items():
+        content = _token_text(f"{beside}/tokenizer_config.json: added_tokens_decoder[{index}]", written)
+        found_at = None if content is None else backend.token_to_id(content)
+        if found_at is None or str(found_at) != index:
+            raise GriffinError(
+                f"{beside}/tokenizer_config.json says id {index} is {content!r}, but {file.name} has it at "
+                f"{found_at}; open and save the folder once with transformers"
+            )
+
+    tokens: dict[str, str | None] = {}
+    sources = (("tokenizer_config.json", config), ("special_tokens_map.json", token_map))
+    for name, default in defaults.items():
+        named = ((source, settings[name]) for source, settings in sources if name in settings)
+        source, entry = next(named, (file.name, default))
+        token = tokens[name] = _token_text(f"{file.parent / source}: {name}", entry)
+        if token is not None and backend.token_to_id(token) is None:
+            raise GriffinError(f"{file.parent / source}: {name} {token!r} is not in the vocabulary of {file.name}")
+    return Tokenizer(
+        backend,
+        bos=tokens["bos_token"],
+        eos=tokens["eos_token"],
+        pad=tokens["pad_token"],
+        chat_template=template,
+        stop_ids=_stop_ids(beside),
+    )
+
+
+def refuse_overwrite(folder: Path) -> None:
+    """Raise GriffinError if `folder` has a tokenizer: models and data made with it would no longer fit."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            raise GriffinError(f"{folder / name} exists; choose another folder, or --force to replace it")
+
+
+def _read_settings(folder: Path | None, name: str) -> dict[str, Any]:
+    """Read a JSON object; {} where the file does not exist."""
+    if folder is None or not (folder / name).is_file():
+        return {}
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GriffinError(f"{folder / name}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise GriffinError(f"{folder / name}: a {type(content).__name__} where a JSON object belongs")
+    return content
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise GriffinError(f"{file}: not a whole tokenizer.json ({error}); download or save it again") from error
+
+
+def _token_text(where: str, entry: object) -> str | None:
+    """A token as its files write it: a string, {"content": string} or null."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if text is not None and not isinstance(text, str):
+        raise GriffinError(f"{where} is {text!r}, not a string")
+    return text
+
+
+def _chat_template(folder: Path | None, config: dict[str, Any]) -> str | None:
+    if folder is not None and (folder / "chat_template.jinja").is_file():
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except ValueError as error:
+            raise GriffinError(f"{folder / 'chat_template.jinja'}: not UTF-8 text ({error})") from error
+    for name, settings in (
+        ("chat_template.json", _read_settings(folder, "chat_template.json")),
+        ("tokenizer_config.json", config),
+    ):
+        entry = settings.get("chat_template")
+        if isinstance(entry, list):  # several, by name
+            try:
+                named = {each["name"]: each["template"] for each in entry}
+            except (TypeError, KeyError):
+                named = {}
+            entry = named.get("default", next(iter(named.values())) if len(named) == 1 else entry)
+        if isinstance(entry, str):
+            return entry
+        if entry is not None:
+            raise GriffinError(
+                f"{folder}/{name}: chat_template must be a string, or a list of {{name, template}} with a 'default'"
+            )
+    return None
+
+
+def _stop_ids(folder: Path | None) -> list[int]:
+    entry = _read_settings(folder, "generation_config.json").get("eos_token_id")
+    ids = [] if entry is None else entry if isinstance(entry, list) else [entry]
+    if not all(type(index) is int for index in ids):
+        raise GriffinError(
+            f"{folder}/generation_config.json: eos_token_id is {entry!r}, not a number or a list of them"
+        )
+    return ids
+
+
+def _make_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:
+    added = backend.get_added_tokens_decoder()
+    special = {token.content for token in added.values() if token.special}
+    missing = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in special]
+    if missing:
+        backend.add_special_tokens(missing)
+
+
+def _plain_twin(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer for the same vocabulary that reads special tokens as text.
+
+    `encode_special_tokens` is a switch on the whole object: two objects are safe where threads share a tokenizer.
+    """
+    twin = tokenizers.Tokenizer(backend.model)  # shared, not copied
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(twin, part, value)
+    added = backend.get_added_tokens_decoder()
+    for special, group in groupby((added[index] for index in sorted(added)), key=lambda token: token.special):
+        (twin.add_special_tokens if special else twin.add_tokens)(list(group))
+    if twin.get_added_tokens_decoder().keys() != added.keys():  # ids with gaps: only the whole file says where
+        twin = tokenizers.Tokenizer.from_str(backend.to_str())
+    twin.encode_special_tokens = True
+    return twin
