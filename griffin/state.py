@@ -102,7 +102,7 @@ class _Model(Protocol):
     def fingerprint(self) -> str: ...
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class State:
     """All that a batch of conversations is, besides the weights. Made by `Griffin.new_state`.
 
@@ -113,6 +113,9 @@ class State:
     position: Tensor  # (B,) int64, offset of the next token in its document
     longest: int  # no row's position is above this; kept on the host so that nothing waits for a GPU
     fingerprint: Callable[[], str]  # of the model it belongs to; called only by save and load
+
+    def __repr__(self) -> str:
+        return f"State(batch_size={self.batch_size}, layers={len(self.layers)}, nbytes={self.nbytes})"
 
     @property
     def batch_size(self) -> int:
@@ -165,17 +168,18 @@ class State:
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             if isinstance(mine, AttentionState) and isinstance(theirs, AttentionState) and mine.grows:
                 mine.reserve_(theirs.keys.shape[1])
-                theirs.reserve_(mine.keys.shape[1])
-        theirs_by_name = source.tensors()
-        for name, tensor in self.tensors().items():
-            theirs_tensor = theirs_by_name[name]
-            if theirs_tensor.shape[1:] != tensor.shape[1:] or theirs_tensor.dtype != tensor.dtype:
+        pairs = []
+        for (name, tensor), theirs_tensor in zip(self.tensors().items(), source.tensors().values(), strict=True):
+            # Global attention may have more slots here than in source: no query of source's rows sees those.
+            target = tensor[:, : theirs_tensor.shape[1]] if tensor.dim() == 4 and theirs_tensor.dim() == 4 else tensor
+            if target.shape[1:] != theirs_tensor.shape[1:] or target.dtype != theirs_tensor.dtype:
                 raise ValueError(
                     f"{name} is {tuple(theirs_tensor.shape)} {theirs_tensor.dtype} in source and "
                     f"{tuple(tensor.shape)} {tensor.dtype} here; both states must come from one model"
                 )
-        for name, tensor in self.tensors().items():
-            tensor[rows] = theirs_by_name[name].to(tensor.device)
+            pairs.append((target, theirs_tensor))
+        for target, theirs_tensor in pairs:
+            target[rows] = theirs_tensor.to(target.device)
         self.longest = max(self.longest, source.longest)
 
     def _row_index(self, index: Sequence[int] | Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from griffin import PRESETS, Griffin
+
+settings.register_profile(
+    "griffin", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("griffin")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: whoever reads memory before writing it is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device("cuda" if request.node.get_closest_marker("gpu") else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here; run on one with: pytest -m gpu"))
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Griffin]:
+    """Make a preset's model, fields replaced, with every parameter moved off its trivial value."""
+
+    def make(preset: str = "griffin-tiny", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(seed)
+        model = Griffin(replace(PRESETS[preset], **changes), dtype=dtype, generator=generator)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(dtype)
+        return model.eval()
+
+    return make
