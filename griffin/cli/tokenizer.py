@@ -76,7 +76,7 @@ def train(
     short = "" if tokenizer.vocab_size == vocab_size else f" ({vocab_size} asked for, but no more pairs occur twice)"
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"vocabulary       {tokenizer.vocab_size} ids{short}")
-    console.print(f"bytes per token  {num_bytes / num_tokens:.2f} on {num_bytes / 1e6:.2f} MB of the input")
+    console.print(f"bytes per token  {num_bytes / num_tokens:.2f} on {num_bytes:,} bytes of the input")
     console.print(f"written to       {output}", markup=False)
     console.print(f"next             give {output} wherever a command or a recipe asks for a tokenizer", markup=False)
 
