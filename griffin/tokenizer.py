@@ -138,10 +138,10 @@ class Tokenizer:
         """
         get = self._text.get
         if skip_special:
-            data = b"".join(get(index, b"") for index in ids)
+            data = b"".join(get(index, b"") for index in map(int, ids))
         else:
             specials = {index: text.encode() for index, text in self._specials.items()}
-            data = b"".join(specials.get(index) or get(index, b"") for index in ids)
+            data = b"".join(specials.get(index) or get(index, b"") for index in map(int, ids))
         return (data.removeprefix(b" ") if self._strip else data).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
@@ -154,7 +154,7 @@ class Tokenizer:
         token_bytes(encode(text, bos=False)) == len(text.encode()), with one exception: SentencePiece vocabularies
         cannot tell "▁" (U+2581) from a space, and its 3 bytes count as 1.
         """
-        pieces = [self._text.get(index, b"") for index in ids]
+        pieces = [self._text.get(index, b"") for index in map(int, ids)]  # tensors hash by identity
         prefixed = self._strip and next((piece for piece in pieces if piece), b"").startswith(b" ")
         return sum(map(len, pieces)) - prefixed
 
