@@ -1,12 +1,13 @@
 """Google's `tokenizer.model` (a SentencePiece protobuf) as a `tokenizers.Tokenizer`, which saves as tokenizer.json.
 
-The file is read directly: its wire format needs forty lines, and no package has to be installed. The ids are
-those that SentencePiece gives, with these exceptions:
+The file is read directly: its wire format needs forty lines, and no package has to be installed. The ids are those
+that SentencePiece gives, with these exceptions:
 
 - `<start_of_turn>` and `<end_of_turn>`, user-defined symbols in Gemma's file, are made control tokens by `Tokenizer`,
   so that text cannot produce them.
 - Where one piece can be made from two pairs of shorter ones at overlapping places, SentencePiece takes the leftmost
-  and `tokenizers` the pair that comes first in its list. None of 233 million characters showed it.
+  and `tokenizers` the pair that comes first in its list. Comparing 470 million characters of books and
+  made-up text under Gemma's vocabulary showed no such place.
 """
 
 from __future__ import annotations

@@ -46,10 +46,11 @@ def train(
 
         griffin tokenizer train a.txt b.txt.xz --vocab-size 4096 --output my-tokenizer --force
     """
-    from griffin.tokenizer import Tokenizer, refuse_overwrite  # after --help has been answered
+    from griffin.tokenizer import TOKENIZER_FILES, Tokenizer  # after --help has been answered
 
-    if not force:
-        refuse_overwrite(output)
+    for name in () if force else TOKENIZER_FILES:  # models and data made with the old one would no longer fit
+        if (output / name).exists():
+            raise GriffinError(f"{output / name} exists; choose another folder, or --force to replace it")
     paths = text_files(files)
     sample = Sample()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
