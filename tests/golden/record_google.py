@@ -180,11 +180,13 @@ def record(name: str) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in out.items()}
 
 
-def config_json(config: common.GriffinConfig) -> str:
+def description(config: common.GriffinConfig) -> str:
+    """Return the file's metadata, one JSON string: safetensors writes several entries in a random order."""
     fields: dict[str, Any] = config._asdict()
     del fields["scan_type"]
     fields["block_types"] = [kind.name.lower() for kind in config.block_types]
-    return json.dumps(fields)
+    source = f"google-deepmind/recurrentgemma@{COMMIT}"
+    return json.dumps({"config": fields, "source": source, "licence": "Apache-2.0", "torch": torch.__version__})
 
 
 def report_scale(name: str, recorded: dict[str, Tensor]) -> None:
@@ -274,14 +276,8 @@ def main() -> None:
     torch.manual_seed(0)  # Google's constructors draw weights; all of them are overwritten
     for name, config in CONFIGS.items():
         recorded = record(name)
-        metadata = {
-            "config": config_json(config),
-            "source": f"google-deepmind/recurrentgemma@{COMMIT}",
-            "licence": "Apache-2.0",
-            "torch": torch.__version__,
-        }
         path = arguments.out / f"google_{name}.safetensors"
-        save_file(recorded, path, metadata)
+        save_file(recorded, path, {"recording": description(config)})
         report_scale(name, recorded)
         if not arguments.no_jax:
             jax_difference(name, recorded)
