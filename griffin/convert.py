@@ -175,6 +175,8 @@ def convert(
     report(f"Writing {destination}")
     write_folder(destination, config, tensors, words)
     report(_summary(config, tensors))
+    if words is None:
+        report("No tokenizer was given (--tokenizer): commands that read or write text will ask for one")
     return config
 
 

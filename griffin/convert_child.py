@@ -54,7 +54,7 @@ def reason(error: Exception) -> str:
     """Say in one line why a file was refused; torch's own message advises to switch the protection off."""
     text = str(error)
     if found := re.search(r"GLOBAL:? (\S+)", text):
-        return f"it asks to run {found[1]}, which a file of weights has no need of"
+        return f"it asks to run {found[1]}, which weights have no need of; save the state_dict alone"
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -71,6 +71,10 @@ def read_flax_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_dir():
         raise GriffinError(f"{path} is not a folder; give the folder of Google's Flax checkpoint")
+    if not _is_orbax(path):
+        inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _is_orbax(folder)]
+        hint = f"give the folder in it that is one: {inside[0]}" if inside else "one has a file named _METADATA in it"
+        raise GriffinError(f"{path} is not a Flax (orbax) checkpoint; {hint}")
     try:
         import orbax.checkpoint as orbax
     except ImportError as error:
@@ -124,6 +128,10 @@ def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def _is_orbax(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("_METADATA", "_CHECKPOINT_METADATA", "checkpoint"))
 
 
 def _map_leaves(tree: Mapping[str, Any], leaf: Any) -> dict[str, Any]:

@@ -195,8 +195,8 @@ def test_the_way_back_is_total_too() -> None:
         griffin_to_google(
             config, {("lm_head.weight" if k == "model.final_norm.weight" else k): v for k, v in ours.items()}
         )
+    name = "model.layers.0.temporal_block.conv_1d.weight"
     with pytest.raises(GriffinError, match=r"conv_1d\.weight \[48, 4\], expected \[48, 1, 4\]"):
-        name = "model.layers.0.temporal_block.conv_1d.weight"
         griffin_to_google(config, ours | {name: ours[name][:, 0]})
 
 
@@ -281,8 +281,14 @@ def test_an_orbax_folder_is_read_exactly(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(GriffinError, match=r"griffin-lm\[convert\]|cannot be read as an orbax checkpoint"):
+    with pytest.raises(GriffinError, match="is not a Flax"):
         read_flax_checkpoint(tmp_path)
+    (tmp_path / "2b").mkdir()
+    (tmp_path / "2b" / "_METADATA").write_text("{}")
+    with pytest.raises(GriffinError, match=r"give the folder in it that is one: .*2b$"):
+        read_flax_checkpoint(tmp_path)
+    with pytest.raises(GriffinError, match=r"griffin-lm\[convert\]|cannot be read as an orbax checkpoint"):
+        read_flax_checkpoint(tmp_path / "2b")
 
 
 @pytest.mark.parametrize("wrapper", [None, "model_state_dict", "model"])
