@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from griffin import convert as conversion
 from griffin.config import EmbeddingScale
+from griffin.convert import convert as convert_checkpoint
 
 SLOW_S = 2.0  # what takes longer shows what it is at
 
@@ -61,7 +61,7 @@ def convert(
 
     later.start()
     try:
-        conversion.convert(
+        convert_checkpoint(
             source,
             destination,
             tokenizer=tokenizer,
