@@ -14,10 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from griffin.checkpoint import check_place, write_folder
 from griffin.config import BlockType, EmbeddingScale, GriffinConfig
 from griffin.errors import GriffinError
 from griffin.google_files import flax_to_google, read_flax_checkpoint, read_google, read_torch_checkpoint
 from griffin.google_names import EMBEDDING, LAYER, entries, google_shape, sizes
+from griffin.tokenizer import load_tokenizer
 
 __all__ = [
     "convert",
@@ -28,6 +30,7 @@ __all__ = [
     "read_torch_checkpoint",
 ]
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what a model folder may hold
 GEMMA_VOCABULARY = 256_000
 MOST_PADDING_ROWS = 512  # embeddings are padded to a multiple of the hardware's liking; more rows are a vocabulary
 
@@ -43,7 +46,7 @@ def google_to_griffin(
     """Rename and reshape Google's torch parameters into ours; the architecture is read off names and shapes.
 
     Args:
-        tensors: Google's flat state_dict, any floating dtype; every tensor keeps its own. Not written to; the result
+        tensors: Google's flat state_dict, each float32, bfloat16 or float16 and kept so. Not written to; the result
             shares memory with it where nothing but the name changes.
         window, logits_soft_cap, embedding_scale: what shapes cannot say; the defaults are those of the released models.
             A cap of None or 0 is none.
@@ -143,22 +146,17 @@ def convert(
     """Turn Google's checkpoint, a torch file or a Flax folder, into a model folder, whole or not at all.
 
     Args:
-        tokenizer: a tokenizer to put beside the weights, in any form that `griffin.load_tokenizer` reads.
+        tokenizer: what to put beside the weights: a model folder's, a tokenizer.json or a SentencePiece file.
         window, logits_soft_cap, embedding_scale, vocab_size: as for `google_to_griffin`.
         overwrite: replace what `destination` holds.
         report: called with one line before or after each step.
 
     Raises:
-        GriffinError: the source cannot be read or does not fit, or `destination` is in use.
+        GriffinError: the source cannot be read or does not fit, `destination` is in use, or the tokenizer has more ids
+            than the model.
     """
-    from griffin.checkpoint import write_folder
-    from griffin.tokenizer import load_tokenizer
-
     destination = Path(destination)
-    if not overwrite and destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise GriffinError(
-            f"{destination} exists and is not empty; choose another folder, or overwrite it with --force"
-        )
+    check_place(destination, overwrite=overwrite)
     words = None if tokenizer is None else load_tokenizer(tokenizer)
     destination.parent.mkdir(parents=True, exist_ok=True)
     report(f"Reading {source}")
@@ -172,8 +170,13 @@ def convert(
     )
     if (rows := len(google[EMBEDDING.google])) > config.vocab_size:
         report(f"Dropped {rows - config.vocab_size} rows of the embedding beyond the vocabulary's {config.vocab_size}")
+    if words is not None and words.vocab_size > config.vocab_size:
+        raise GriffinError(
+            f"{tokenizer} has {words.vocab_size} ids and the model {config.vocab_size}; "
+            "give the tokenizer that came with this checkpoint"
+        )
     report(f"Writing {destination}")
-    write_folder(destination, config, tensors, words)
+    write_folder(destination, config, tensors, words, overwrite=overwrite)
     report(_summary(config, tensors))
     if words is None:
         report("No tokenizer was given (--tokenizer): commands that read or write text will ask for one")
@@ -231,7 +234,7 @@ def _check_total(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Te
         "missing": [name for name in expected if name not in found],
         "unknown": [name for name in found if name not in expected],
         "of another shape": [f"{name} {list(found[name].shape)}, expected {list(expected[name])}" for name in wrong],
-        "not of a floating dtype": [name for name in both if not found[name].is_floating_point()],
+        "not float32, bfloat16 or float16": [name for name in both if found[name].dtype not in FLOATS],
     }
     if lines := [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]:
         raise GriffinError(f"{what} does not fit the architecture its names and shapes say; {'; '.join(lines)}")

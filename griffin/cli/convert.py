@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from griffin.config import EmbeddingScale
-from griffin.convert import convert as convert_checkpoint
 
 SLOW_S = 2.0  # what takes longer shows what it is at
 
@@ -51,6 +50,8 @@ def convert(
 
         griffin convert mine.pt mine --window 1024 --soft-cap 0 --embedding-scale none
     """
+    from griffin.convert import convert as convert_checkpoint  # after --help has been answered
+
     status = Console(stderr=True).status("Converting")
     later = threading.Timer(SLOW_S, status.start)
     lines: list[str] = []
