@@ -117,13 +117,18 @@ def write_folder(
     overwrite: bool = False,
 ) -> None:
     """Write config, tensors (by their names in the file) and tokenizer as a model folder, whole or not at all."""
+    check_place(path, overwrite=overwrite)
+    with whole_folder(path) as folder:
+        write_files(folder, config, tensors, tokenizer)
+
+
+def check_place(path: Path, *, overwrite: bool) -> None:
+    """Raise GriffinError unless a model folder may be written at `path`: worth asking before hours of work."""
     if path.exists():
         if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
             raise GriffinError(f"{path} exists and is not a model folder; choose another place")
         if not overwrite and any(path.iterdir()):
             raise GriffinError(f"{path} already holds a model; choose another place, or say to overwrite it")
-    with whole_folder(path) as folder:
-        write_files(folder, config, tensors, tokenizer)
 
 
 def write_files(

@@ -28,7 +28,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text that this id completes, "" while a character is unfinished."""
-        data = self._text.get(token, b"")
+        data = self._text.get(int(token), b"")
         if self._strip and data:
             data, self._strip = data.removeprefix(b" "), False
         return self._utf8.decode(data)

@@ -34,7 +34,8 @@ SPLIT = (
     r"['’](?i:[sdmt]|ll|ve|re)(?!\p{L})|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TRAINED_SPECIALS = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
+TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")  # always control tokens where the vocabulary has them
+TRAINED_SPECIALS = ("<pad>", "<eos>", "<bos>", *TURN_TOKENS)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
 
@@ -78,16 +79,16 @@ class Tokenizer:
         for name, token in self._names.items():
             if token is not None and backend.token_to_id(token) is None:
                 raise GriffinError(f"{name} {token!r} is not in the vocabulary; name a token that it has")
-        turn_tokens = [token for token in TRAINED_SPECIALS[3:] if backend.token_to_id(token) is not None]
-        _make_special(backend, [*(token for token in self._names.values() if token is not None), *turn_tokens])
+        named = [token for token in self._names.values() if token is not None]
+        _make_special(backend, named + [token for token in TURN_TOKENS if backend.token_to_id(token) is not None])
         self.bos_id, self.eos_id, self.pad_id = (
             None if token is None else backend.token_to_id(token) for token in self._names.values()
         )
         added = backend.get_added_tokens_decoder()
         self._specials = {index: token.content for index, token in added.items() if token.special}
         ends = [index for index, text in self._specials.items() if text in TURN_ENDS]
-        eos_ids = [] if self.eos_id is None else [self.eos_id]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *ends, *stop_ids]))
+        first = [] if self.eos_id is None else [self.eos_id]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*first, *ends, *stop_ids]))
         self._to_bytes, self._strip = piece_decoder(backend)
         if bos is not None and self.bos_id is not None:  # only for those who open the saved file with other software
             backend.post_processor = processors.TemplateProcessing(
@@ -138,10 +139,10 @@ class Tokenizer:
         """
         get = self._text.get
         if skip_special:
-            data = b"".join(get(index, b"") for index in ids)
+            data = b"".join(get(index, b"") for index in map(int, ids))
         else:
             specials = {index: text.encode() for index, text in self._specials.items()}
-            data = b"".join(specials.get(index) or get(index, b"") for index in ids)
+            data = b"".join(specials.get(index) or get(index, b"") for index in map(int, ids))
         return (data.removeprefix(b" ") if self._strip else data).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
@@ -154,7 +155,7 @@ class Tokenizer:
         token_bytes(encode(text, bos=False)) == len(text.encode()), with one exception: SentencePiece vocabularies
         cannot tell "▁" (U+2581) from a space, and its 3 bytes count as 1.
         """
-        pieces = [self._text.get(index, b"") for index in ids]
+        pieces = [self._text.get(index, b"") for index in map(int, ids)]  # tensors hash by identity
         prefixed = self._strip and next((piece for piece in pieces if piece), b"").startswith(b" ")
         return sum(map(len, pieces)) - prefixed
 
@@ -413,13 +414,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         chat_template=template,
         stop_ids=_stop_ids(beside),
     )
-
-
-def refuse_overwrite(folder: Path) -> None:
-    """Raise GriffinError if `folder` has a tokenizer: models and data made with it would no longer fit."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists():
-            raise GriffinError(f"{folder / name} exists; choose another folder, or --force to replace it")
 
 
 def _read_settings(folder: Path | None, name: str) -> dict[str, Any]:

@@ -46,10 +46,11 @@ def train(
 
         griffin tokenizer train a.txt b.txt.xz --vocab-size 4096 --output my-tokenizer --force
     """
-    from griffin.tokenizer import Tokenizer, refuse_overwrite  # after --help has been answered
+    from griffin.tokenizer import TOKENIZER_FILES, Tokenizer  # after --help has been answered
 
-    if not force:
-        refuse_overwrite(output)
+    for name in () if force else TOKENIZER_FILES:  # models and data made with the old one would no longer fit
+        if (output / name).exists():
+            raise GriffinError(f"{output / name} exists; choose another folder, or --force to replace it")
     paths = text_files(files)
     sample = Sample()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -76,7 +77,7 @@ def train(
     short = "" if tokenizer.vocab_size == vocab_size else f" ({vocab_size} asked for, but no more pairs occur twice)"
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"vocabulary       {tokenizer.vocab_size} ids{short}")
-    console.print(f"bytes per token  {num_bytes / num_tokens:.2f} on {num_bytes / 1e6:.2f} MB of the input")
+    console.print(f"bytes per token  {num_bytes / num_tokens:.2f} on {num_bytes:,} bytes of the input")
     console.print(f"written to       {output}", markup=False)
     console.print(f"next             give {output} wherever a command or a recipe asks for a tokenizer", markup=False)
 
