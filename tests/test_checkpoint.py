@@ -1,0 +1,192 @@
+"""Model folders: exact round trips, every way a folder can be wrong, and the memory that loading takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import griffin
+from griffin import Griffin, GriffinError
+from griffin import checkpoint as module
+
+MakeModel = Callable[..., Griffin]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_model: MakeModel) -> Path:
+    griffin.save(make_model(), tmp_path / "model", griffin.Tokenizer.bytes())
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("preset", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_exact(tmp_path: Path, make_model: MakeModel, preset: str, dtype: torch.dtype) -> None:
+    model = make_model(preset, dtype=dtype)
+    griffin.save(model, tmp_path / "model")
+    back = griffin.load(tmp_path / "model")
+    assert back.config == model.config
+    assert not back.training
+    assert back.activation_dtype == dtype
+    assert back.fingerprint() == model.fingerprint()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert griffin.load(tmp_path / "model", dtype=torch.bfloat16).embedding.dtype == torch.bfloat16
+
+
+def test_every_tensor_keeps_its_own_dtype(folder: Path) -> None:
+    name = "model.layers.0.temporal_block.rg_lru.recurrent_param"
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        for key in tensors:
+            if key != name:
+                tensors[key] = tensors[key].bfloat16()
+
+    edit_weights(folder, narrow)
+    model = griffin.load(folder)
+    assert dict(model.named_parameters())[name].dtype == torch.float32
+    assert model.embedding.dtype == model.activation_dtype == torch.bfloat16
+
+
+def test_sharded_folders(tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(module, "_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(module, "_SLAB_BYTES", 1000)
+    griffin.save(model, tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    seen: list[tuple[int, int]] = []
+    back = griffin.load(tmp_path / "model", progress=lambda done, total: seen.append((done, total)))
+    assert back.fingerprint() == model.fingerprint()
+    assert seen[-1][0] == seen[-1][1] == sum(p.nbytes for p in model.parameters())
+    shards[1].unlink()
+    with pytest.raises(GriffinError, match=f"{shards[1].name} does not exist"):
+        griffin.load(tmp_path / "model")
+
+
+def test_an_lm_head_is_accepted_only_if_it_is_the_embedding(folder: Path) -> None:
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight" not in griffin.load(folder).state_dict()
+    edit_weights(folder, lambda t: t["lm_head.weight"][3, 3].add_(1e-3))
+    with pytest.raises(GriffinError, match=r"lm_head\.weight differs from the embedding"):
+        griffin.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+        (lambda f: (f / "config.json").write_text('{"a": '), "is not JSON"),
+        (lambda f: (f / "config.json").write_text("[1]"), "holds a list"),
+        (lambda f: edit_config(f, strange=1), "does not understand: strange"),
+        (lambda f: edit_config(f, hidden_size=64), "(is|says)"),
+        (
+            lambda f: edit_config(f, vocab_size=260),
+            r"embed_tokens.weight is \(259, 32\), but config.json says \(260, 32\)",
+        ),
+        (lambda f: edit_config(f, num_hidden_layers=4), "lacks model.layers.3"),
+        (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is not read"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "cut short"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "cut short"),
+        (lambda f: edit_weights(f, lambda t: t.pop("model.final_norm.weight")), "lacks model.final_norm.weight"),
+        (lambda f: edit_weights(f, lambda t: t.update(extra=torch.zeros(1))), "has extra, which the model does not"),
+        (
+            lambda f: edit_weights(f, lambda t: t.update({"model.final_norm.weight": torch.zeros(32).int()})),
+            "model.final_norm.weight is I32",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_refused_with_the_reason(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(folder)
+    with pytest.raises(GriffinError, match=message):
+        griffin.load(folder)
+
+
+def test_an_index_that_points_elsewhere_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    for name in ("../weights.safetensors", "/etc/passwd"):
+        index = {"weight_map": {"model.final_norm.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(GriffinError, match="a file of the same folder is needed"):
+            griffin.load(folder)
+
+
+def test_names_that_are_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GriffinError, match="does not exist; give a model folder or a Hugging Face id"):
+        griffin.load(tmp_path / "nothing" / "there")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GriffinError, match="is a file"):
+        griffin.load(tmp_path / "file")
+
+
+def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(name: str, **_: object) -> str:
+        raise OSError(f"401 for {name}\nmany\nlines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(GriffinError, match=r"did not give it: 401 for org/name$"):
+        griffin.load("org/name")
+
+
+def test_nothing_is_overwritten_unasked(folder: Path, tmp_path: Path, make_model: MakeModel) -> None:
+    other = make_model(seed=5)
+    with pytest.raises(GriffinError, match="already holds a model"):
+        griffin.save(other, folder)
+    griffin.save(other, folder, overwrite=True)
+    assert griffin.load(folder).fingerprint() == other.fingerprint()
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("years of work")
+    with pytest.raises(GriffinError, match="is not a model folder"):
+        griffin.save(other, tmp_path / "papers", overwrite=True)
+    assert (tmp_path / "papers" / "thesis.tex").exists()
+
+
+def test_a_failed_save_leaves_nothing(folder: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        griffin.save(make_model(seed=5), folder, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.slow
+def test_loading_takes_the_size_of_the_model(tmp_path: Path) -> None:
+    """A 286M-parameter bf16 folder (572 MB): the peak above the imports is at most 1.15 times that, and 130 MB."""
+    model = Griffin(griffin.PRESETS["griffin-100m"], dtype=torch.bfloat16)
+    griffin.save(model, tmp_path / "model")
+    size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    code = (
+        "import resource, sys, griffin, torch\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        "model = griffin.load(sys.argv[1])\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1.15 * size + 130e6
