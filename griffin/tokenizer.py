@@ -258,11 +258,13 @@ class Tokenizer:
         return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, chat_template: str | None = None, show_progress: bool = False
+    ) -> Tokenizer:
         """Train a byte-level BPE, lossless for any text.
 
-        Ids: <pad> 0, <eos> 1, <bos> 2, <start_of_turn> 3, <end_of_turn> 4 (with Gemma's chat template, so that the
-        model can learn dialogue later), the 256 bytes, the merges. Fewer than `vocab_size` ids come out where `texts`
+        Ids: <pad> 0, <eos> 1, <bos> 2, <start_of_turn> 3, <end_of_turn> 4 (so that a model can learn
+        dialogue later; the template comes with that), the 256 bytes, the merges. Fewer than `vocab_size` ids come out where `texts`
         has too few pairs that occur twice.
 
         Raises:
@@ -290,7 +292,7 @@ class Tokenizer:
             show_progress=show_progress,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=chat_template.GEMMA)
+        return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=chat_template)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is None:

@@ -108,7 +108,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_of(model_file: Path) -> Callable[[str], Tokenizer]:
     made = {
         "bytes": Tokenizer.bytes(),
-        "bpe": Tokenizer.train(SENTENCES * 3, 400),
+        "bpe": Tokenizer.train(SENTENCES * 3, 400, chat_template=chat_template.GEMMA),
         "sentencepiece": load_tokenizer(model_file),
     }
     return made.__getitem__
