@@ -264,8 +264,8 @@ class Tokenizer:
         """Train a byte-level BPE, lossless for any text.
 
         Ids: <pad> 0, <eos> 1, <bos> 2, <start_of_turn> 3, <end_of_turn> 4 (so that a model can learn
-        dialogue later; the template comes with that), the 256 bytes, the merges. Fewer than `vocab_size` ids come out where `texts`
-        has too few pairs that occur twice.
+        dialogue later; the template comes with that), the 256 bytes, the merges. Fewer than `vocab_size` ids come out
+        where `texts` has too few pairs that occur twice.
 
         Raises:
             GriffinError: `vocab_size` has no room for the bytes and the special tokens.
