@@ -1,4 +1,4 @@
-"""The exact RecurrentGemma 2B shape with random bf16 weights: write a folder, load it, prefill, decode; time and memory.
+"""The exact RecurrentGemma 2B shape, random bf16 weights: write a folder, load it, prefill, decode; time and memory.
 
     python -m benchmarks.shape_2b FOLDER              # FOLDER is made (5.4 GB) if it is not there
 
