@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,11 +21,10 @@ from benchmarks import timing
 
 
 def measure(folder: Path, prompt_tokens: int, decode_tokens: int) -> dict[str, float]:
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
-    imports = peak()
+    imports = timing.peak_bytes()
     start = time.perf_counter()
     model = griffin.load(folder)
-    load_s, loaded = time.perf_counter() - start, peak()
+    load_s, loaded = time.perf_counter() - start, timing.peak_bytes()
     tokens = torch.randint(0, model.config.vocab_size, (1, prompt_tokens))
     state = model.new_state(1)
     with torch.no_grad():
@@ -45,7 +43,7 @@ def measure(folder: Path, prompt_tokens: int, decode_tokens: int) -> dict[str, f
         "state_bytes": state.nbytes,
         "memory_before_load_bytes": imports,
         "peak_after_load_bytes": loaded,
-        "peak_after_decode_bytes": peak(),
+        "peak_after_decode_bytes": timing.peak_bytes(),
         "load_s": load_s,
         "prefill_tokens_per_s": prompt_tokens / prefill_s,
         "decode_tokens_per_s": 1 / timing.median(seconds),

@@ -55,6 +55,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_bytes() -> int:
+    """The most memory this process has had (Linux). Not getrusage's, which a child inherits from its parent."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def save(name: str, results: Mapping[str, Any]) -> Path:
     """Write results/NAME-DATE.json with the machine and the command."""
     RESULTS.mkdir(exist_ok=True)

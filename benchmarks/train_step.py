@@ -10,7 +10,6 @@ loss from full logits, as its users do.
 from __future__ import annotations
 
 import argparse
-import resource
 
 import torch
 from torch.nn import functional as F
@@ -88,9 +87,8 @@ def main() -> None:
         rows.append([shape, f"{speeds['griffin']:.0f}", f"{speeds['transformers']:.0f}", f"{ratio:.2f}x"])
     parameters = config.num_parameters()
     print(timing.table(["B x T", "griffin tokens/s", "transformers tokens/s", "ratio"], rows))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     shape = {"parameters": parameters, "layers": args.layers, "dtype": "fp32"}
-    print(timing.save("train_step", {"shape": shape, "steps": results, "peak_bytes_of_both": peak}))
+    print(timing.save("train_step", {"shape": shape, "steps": results, "peak_bytes_of_both": timing.peak_bytes()}))
 
 
 if __name__ == "__main__":
