@@ -119,14 +119,16 @@ def test_rows_of_different_lengths_do_not_know_each_other(
 @torch.no_grad()
 def test_padding_may_hold_anything(make_model: MakeModel) -> None:
     model = make_model()
-    ids = tokens(2, 9)
+    ids = tokens(3, 9)
     left, right = ids.clone(), ids.clone()
     left[1, 4:], right[1, 4:] = -7, 10**9
-    states = [model.new_state(2) for _ in range(2)]
+    left[2], right[2] = 3, 4
+    states = [model.new_state(3) for _ in range(2)]
     for padded, state in zip((left, right), states, strict=True):
-        model(padded, state, lengths=torch.tensor([9, 4]))
+        model(padded, state, lengths=torch.tensor([9, 4, 0]))
     for name, tensor in states[0].tensors().items():
         assert torch.equal(tensor, states[1].tensors()[name]), name
+        assert not tensor[2].any(), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
