@@ -147,7 +147,7 @@ def test_the_end_of_the_distribution_stays_inside() -> None:
 def test_broken_logits_name_the_row(bad: float) -> None:
     logits = torch.zeros(3, 4)
     logits[1, 2] = bad
-    with pytest.raises(GriffinError, match="row 1: the largest logit is (nan|inf)"):
+    with pytest.raises(GriffinError, match=r"row 1: the largest logit is (nan|inf)"):
         sample(logits, 3 * [Sampling()], [torch.Generator() for _ in range(3)])
     with pytest.raises(GriffinError, match="row 0"):
         sample(torch.full((1, 4), -torch.inf), [Sampling()], [torch.Generator()])
