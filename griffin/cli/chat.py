@@ -41,7 +41,7 @@ def chat(
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
-    chunk: options.Chunk = 512,
+    chunk: options.Chunk = 256,
     load: Annotated[str | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the speed of each answer.")] = False,
 ) -> None:
@@ -162,6 +162,7 @@ class Chat:
                     if interrupted:
                         break
             except KeyboardInterrupt:  # while reading, or pressed twice: the conversation is as it was
+                waiting.stop()
                 note("\nstopped; this turn is forgotten")
                 return
             finally:

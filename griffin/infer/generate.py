@@ -94,7 +94,7 @@ def generate(
         ignore_eos: go on after the tokenizer's stop ids; they are tokens like others then.
         logprobs: how many of the likeliest tokens to report at each step, 0 for the chosen one only; None for nothing.
         prefill_chunk: the most tokens of a prompt read at once: more is faster and takes more memory.
-        progress: called after each chunk of the prompts with tokens read and tokens in all.
+        progress: called before the first chunk of the prompts and after each, with tokens read and tokens in all.
 
     Returns:
         One `Completion` per prompt; with stream=True, an iterator of `Piece`, whose str() is its text:

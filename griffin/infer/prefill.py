@@ -32,7 +32,7 @@ def prefill(
         state: B rows.
         prompts: B sequences of at least one token each.
         chunk: the most tokens of a row read at once.
-        progress: called after every chunk with tokens read and tokens in all. If it raises, the state is not usable.
+        progress: called before the first chunk and after each, with tokens read and tokens in all. It may raise to stop.
 
     Returns:
         (B, D) what the model made of each row's last token: the input of `model.logits`.
@@ -48,6 +48,8 @@ def prefill(
     last: list[Tensor | None] = [None] * len(prompts)
     rows, part, start = list(range(len(prompts))), state, 0  # `part` holds `rows`; all have read `start` tokens
     total = sum(map(len, prompts))
+    if progress is not None:
+        progress(0, total)
     while rows:
         pieces = [prompts[row][start : start + chunk] for row in rows]
         lengths = [len(piece) for piece in pieces]
