@@ -1,21 +1,56 @@
 """Griffin, Hawk and RecurrentGemma language models, whose memory does not grow."""
 
-from griffin.checkpoint import load, load_tokenizer, save
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from griffin.config import PRESETS, GriffinConfig
 from griffin.errors import GriffinError
-from griffin.model import Griffin
-from griffin.state import State
-from griffin.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from griffin.checkpoint import load, load_tokenizer, save
+    from griffin.infer.conversation import Conversation
+    from griffin.infer.generate import generate
+    from griffin.model import Griffin
+    from griffin.state import State
+    from griffin.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
+    "Conversation",
     "Griffin",
     "GriffinConfig",
     "GriffinError",
     "State",
     "Tokenizer",
+    "generate",
     "load",
     "load_tokenizer",
     "save",
 ]
+
+# Imported on first use, so that `griffin --help` and error messages need not wait seconds for torch.
+_HOMES = {
+    "Conversation": "griffin.infer.conversation",
+    "Griffin": "griffin.model",
+    "State": "griffin.state",
+    "Tokenizer": "griffin.tokenizer",
+    "generate": "griffin.infer.generate",
+    "load": "griffin.checkpoint",
+    "load_tokenizer": "griffin.checkpoint",
+    "save": "griffin.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

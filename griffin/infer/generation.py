@@ -1,0 +1,237 @@
+"""The loop behind `generate`: rows that read, choose and leave the batch when they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from griffin.errors import GriffinError
+from griffin.infer.prefill import Progress, prefill
+from griffin.infer.sample import Choice, Sampling, sample
+from griffin.infer.stop import StopGate
+from griffin.model import Griffin
+from griffin.state import State
+from griffin.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]  # a stop id or string; max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model itself, before temperature and filters."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to one row. The texts of a row's pieces, joined, are its completion's text."""
+
+    row: int  # index of the prompt
+    text: str  # whole characters only; may be "" while a character or a stop string is unfinished
+    tokens: tuple[int, ...]  # none if a stop id was chosen
+    logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
+    finish_reason: FinishReason | None  # None: more pieces of this row follow
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was generated for one prompt, and what it takes to go on from there."""
+
+    text: str  # without the stop string, and nothing after it
+    tokens: tuple[int, ...]  # all that were chosen, those of a stop string too; a stop id that ended it is not here
+    logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
+    finish_reason: FinishReason | None  # None: interrupted
+    prompt_tokens: int
+    state: State = field(repr=False)  # one row that has read the prompt and `tokens`, except `unread`
+    # The last of `tokens`, chosen and not read. To go on: generate(..., [[*unread, *more]], state=state).
+    unread: tuple[int, ...]
+
+
+class Row:
+    """One prompt on its way. It knows ids and text, and no tensors but its finished state.
+
+    Args:
+        index: of the prompt.
+        prompt: its ids.
+        max_tokens: the most tokens to choose.
+        sampling: how.
+        tokenizer: turns ids into text.
+        stops: strings that end it.
+        stop_ids: ids that end it.
+        keep_logprobs: whether to.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        stop_ids: frozenset[int],
+        keep_logprobs: bool,
+    ) -> None:
+        self.index, self.prompt, self.max_tokens, self.sampling = index, prompt, max_tokens, sampling
+        self.generator = sampling.generator()
+        self.stop_ids, self.keep_logprobs = stop_ids, keep_logprobs
+        self.gate = StopGate(stops)
+        self.stream = tokenizer.stream()
+        for token in prompt[-4:]:  # the text goes on in the middle: of a line, or even of a character of 4 bytes
+            self.stream.push(token)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.texts: list[str] = []
+        self.finish_reason: FinishReason | None = None
+        self.last_read = True  # whether the model has read the last of `tokens`
+        self.state: State | None = None  # once it has left the batch
+
+    def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> Piece:
+        """Add a chosen token, and say what it adds to the text."""
+        if token in self.stop_ids:
+            return self.piece((), self._end(), "stop")
+        self.tokens.append(token)
+        self.last_read = False
+        self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+        text = self.gate.push(self.stream.push(token))
+        if self.gate.stopped:
+            return self.piece((token,), text, "stop")
+        if len(self.tokens) == self.max_tokens:
+            return self.piece((token,), text + self._end(), "length")
+        return self.piece((token,), text, None)
+
+    def piece(self, tokens: tuple[int, ...], text: str, finish_reason: FinishReason | None) -> Piece:
+        self.texts.append(text)
+        self.finish_reason = finish_reason
+        logprobs = tuple(self.logprobs[len(self.logprobs) - len(tokens) :]) if self.keep_logprobs else None
+        return Piece(self.index, text, tokens, logprobs, finish_reason)
+
+    def completion(self, state: State) -> Completion:
+        """Give the completion so far; of an unfinished row, with the text that is still held back."""
+        if self.finish_reason is None:
+            self.texts.append(self._end())
+        return Completion(
+            text="".join(self.texts),
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs) if self.keep_logprobs else None,
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.prompt),
+            state=state,
+            unread=() if self.last_read else tuple(self.tokens[-1:]),
+        )
+
+    def _end(self) -> str:
+        """The text that waited for more. The end of a character may still complete a stop string."""
+        text = self.gate.push(self.stream.finish())
+        return text if self.gate.stopped else text + self.gate.finish()
+
+
+class Generation:
+    """An iterator of pieces over a batch. After it, or between any two pieces, `completion` says where a row stands.
+
+    Args:
+        model: the model.
+        rows: one for each prompt.
+        state: as many rows as there are prompts; it is advanced in place.
+        num_top: how many of the likeliest tokens to report.
+        chunk, progress: see `prefill`.
+    """
+
+    def __init__(
+        self, model: Griffin, rows: list[Row], state: State, *, num_top: int, chunk: int, progress: Progress | None
+    ) -> None:
+        self.model, self.rows, self.num_top, self.chunk, self.progress = model, rows, num_top, chunk, progress
+        self._live, self._state = list(rows), state
+        self._seen: Tensor | None = None
+        if any(row.sampling.repetition_penalty not in (None, 1.0) for row in rows):
+            self._seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=state.position.device)
+            for index, row in enumerate(rows):
+                self._seen[index, row.prompt] = True
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def completions(self) -> list[Completion]:
+        """Run to the end."""
+        for _ in self._pieces:
+            pass
+        return [self.completion(row) for row in range(len(self.rows))]
+
+    def completion(self, index: int) -> Completion:
+        """Give the completion of a prompt as far as it is. Ask once, and not before the first piece."""
+        row = self.rows[index]
+        return row.completion(row.state or self._state.rows([self._live.index(row)]))
+
+    def _run(self) -> Iterator[Piece]:
+        # No grad mode may be set here: it would last while the caller has the iterator. What computes sets its own.
+        if not self.rows:
+            return
+        hidden = prefill(
+            self.model, self._state, [row.prompt for row in self.rows], chunk=self.chunk, progress=self.progress
+        )
+        pieces = [row.piece((), "", "length") for row in self._live if row.max_tokens == 0]
+        going = self._leave()
+        hidden = hidden[going]
+        yield from pieces
+        while self._live:
+            choice = self._choose(hidden)
+            pieces = [
+                row.take(token, logprob, top)
+                for row, token, logprob, top in zip(self._live, choice.ids, choice.logprobs, choice.top, strict=True)
+            ]
+            going = self._leave()
+            yield from pieces
+            if self._live:
+                hidden = self._read([choice.ids[index] for index in going])
+
+    @torch.no_grad()
+    def _choose(self, hidden: Tensor) -> Choice:
+        samplings, generators = zip(*((row.sampling, row.generator) for row in self._live), strict=True)
+        return sample(self.model.logits(hidden), samplings, generators, self._seen, num_top=self.num_top)
+
+    @torch.no_grad()
+    def _read(self, ids: list[int]) -> Tensor:
+        """Let the model read one token of each live row: (B, D)."""
+        tokens = torch.tensor(ids, device=self._state.position.device)[:, None]
+        hidden = self.model(tokens, self._state)
+        for row in self._live:
+            row.last_read = True
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens, True)
+        return hidden[:, -1]  # type: ignore[no-any-return]
+
+    def _leave(self) -> list[int]:
+        """Take finished rows out of the batch, and say which rows of it stay."""
+        going = [index for index, row in enumerate(self._live) if row.finish_reason is None]
+        if len(going) < len(self._live):
+            for index, row in enumerate(self._live):
+                if row.finish_reason is not None:
+                    row.state = self._state.rows([index])
+            self._live = [self._live[index] for index in going]
+            self._state = self._state.rows(going)
+            self._seen = None if self._seen is None else self._seen[going]
+        return going
+
+
+def check_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise GriffinError unless every prompt has tokens, all of them in 0 .. vocab_size - 1."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise GriffinError(f"prompt {index} has no tokens; give at least one (a text, or the tokenizer's BOS)")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab_size:
+                raise GriffinError(
+                    f"prompt {index} has token {token}; the model's vocabulary is 0 .. {vocab_size - 1}: "
+                    "encode it with the model's own tokenizer"
+                )

@@ -1,0 +1,73 @@
+"""Read prompts of any length, chunk by chunk, into a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from griffin.model import Griffin
+from griffin.state import State
+
+Progress = Callable[[int, int], None]  # (tokens read, tokens in all)
+
+
+@torch.no_grad()
+def prefill(
+    model: Griffin,
+    state: State,
+    prompts: Sequence[Sequence[int]],
+    *,
+    chunk: int = 512,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Read the rows' tokens; the state is advanced in place.
+
+    Memory is that of one chunk, whatever the lengths. A row that has been read leaves the batch, so that a long prompt
+    beside short ones costs what it costs alone.
+
+    Args:
+        model: the model.
+        state: B rows.
+        prompts: B sequences of at least one token each.
+        chunk: the most tokens of a row read at once.
+        progress: called before the first chunk and after each, with tokens read and tokens in all. It may raise to stop.
+
+    Returns:
+        (B, D) what the model made of each row's last token: the input of `model.logits`.
+
+    Raises:
+        ValueError: chunk < 1, a prompt is empty, or there are not as many prompts as rows.
+    """
+    if chunk < 1:
+        raise ValueError(f"prefill_chunk={chunk} must be at least 1")
+    if len(prompts) != state.batch_size or not all(map(len, prompts)):
+        raise ValueError(f"prompts of {[len(p) for p in prompts]} tokens for {state.batch_size} rows; each needs one")
+    device = state.position.device
+    last: list[Tensor | None] = [None] * len(prompts)
+    rows, part, start = list(range(len(prompts))), state, 0  # `part` holds `rows`; all have read `start` tokens
+    total = sum(map(len, prompts))
+    if progress is not None:
+        progress(0, total)
+    while rows:
+        pieces = [prompts[row][start : start + chunk] for row in rows]
+        lengths = [len(piece) for piece in pieces]
+        T = max(lengths)
+        tokens = torch.tensor([[*piece, *([0] * (T - len(piece)))] for piece in pieces], device=device)
+        ragged = torch.tensor(lengths, device=device) if min(lengths) < T else None
+        hidden = model(tokens, part, lengths=ragged)  # (B, T, D)
+        start += T
+        for index, row in enumerate(rows):
+            if start >= len(prompts[row]):
+                last[row] = hidden[index, lengths[index] - 1].clone()  # not a view: the chunk must not stay
+        going = [index for index, row in enumerate(rows) if start < len(prompts[row])]
+        if len(going) < len(rows):
+            if part is not state:
+                state.set_rows_(rows, part)
+            part = part.rows(going) if going else part
+            rows = [rows[index] for index in going]
+        if progress is not None:
+            progress(sum(min(start, len(prompt)) for prompt in prompts), total)
+    found = [hidden for hidden in last if hidden is not None]
+    return torch.stack(found) if found else model.embedding.new_zeros(0, model.config.width)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import griffin
+from griffin import PRESETS, Griffin
+from griffin.cli.main import run
+from griffin.infer.describe import describe
+from griffin.ops.kernels import serving
+
+
+@pytest.mark.parametrize("name", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
+def test_sizes_are_those_of_the_real_thing(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        found, model = describe(name, dtype), Griffin(PRESETS[name], dtype=dtype)
+        assert found.num_parameters == sum(p.numel() for p in model.parameters())
+        assert found.weight_bytes == sum(p.nbytes for p in model.parameters())
+        assert found.num_embedding_parameters == model.embedding.numel()
+        state = model.new_state(1)
+        assert found.state_bytes == state.nbytes
+        with torch.no_grad():
+            model(torch.ones(1, 64, dtype=torch.int64), state)
+        assert found.state_bytes + 64 * found.state_bytes_per_token == state.nbytes
+
+
+def test_the_largest_preset_needs_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["info", "griffin-14b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_parameters"] == PRESETS["griffin-14b"].num_parameters()
+    assert len(found["kernels"]) == 8
+
+
+def test_a_folder_goes_before_a_preset(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat_folder.rename(chat_folder.parent / "griffin-14b")
+    monkeypatch.chdir(chat_folder.parent)
+    assert run(["info", "griffin-14b"]) == 0
+    out = capsys.readouterr().out
+    assert "a chat template" in out
+    assert "float32" in out
+    assert "however long the text" in out
+    griffin.save(griffin.load("griffin-14b", dtype=torch.bfloat16), "half", griffin.load_tokenizer("griffin-14b"))
+    assert describe("half").dtype == torch.bfloat16
+
+
+def test_a_registered_kernel_is_shown() -> None:
+    # CUDA stands for a device that has a kernel; nothing is run on it.
+    assert all("no kernel of ours" in row.reason for row in serving("cuda") if row.op == "ring_attention")
+    library = torch.library.Library("griffin", "IMPL")
+    library.impl("ring_attention", lambda q, k, v, positions: q, "CUDA")
+    rows = {row.op: row.kernel for row in serving("cuda:1")}
+    library._destroy()
+    assert rows["ring_attention"] == "ours for CUDA"
+    assert rows["rope"] == "PyTorch, elementwise"
+    assert "ours for CPU" not in {row.kernel for row in serving("cpu")}
