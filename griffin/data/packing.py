@@ -61,8 +61,8 @@ def pack(shard: Shard, rows: Sequence[int], row_tokens: int) -> Batch:
         low, high = np.searchsorted(shard.starts, (first, first + length), side="right")
         starts = shard.starts[low:high] - first
         targets[b, starts - 1] = NOT_COUNTED
-        positions[b, :length] = np.arange(length)
         inside = starts[starts < length]
-        for start, end in zip(inside, [*inside[1:], length], strict=True):
-            positions[b, start:end] = np.arange(end - start)
+        document_start = np.zeros(length, dtype=np.int64)
+        document_start[inside] = inside
+        positions[b, :length] = np.arange(length) - np.maximum.accumulate(document_start)
     return Batch(*(torch.from_numpy(array) for array in (tokens, targets, positions)))
