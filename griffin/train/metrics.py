@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from griffin.errors import GriffinError
 from griffin.files import whole_file
 
 METRICS = "metrics.jsonl"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 Line = Mapping[str, float | int]
 
 
@@ -83,18 +85,24 @@ def curve(lines: Sequence[Mapping[str, Any]], width: int, height: int = 16) -> s
         return 'for the loss curve here: pip install "griffin-lm[train]"'
     import plotext  # an optional dependency
 
-    plotext.clear_figure()
-    plotext.plot_size(min(width, 100), height)
-    plotext.theme("clear")
+    figure = plotext.figure.clear()
+    figure.plot_size(min(width, 100), height)
+    figure.theme("colorless")
     drawn = False
     for name, label in (("loss", "training"), ("validation_loss", "validation")):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if len(points) > 1:
             steps, values = zip(*points, strict=True)
-            plotext.plot(steps, values, label=label, marker="braille" if name == "loss" else "dot")
+            marker = "braille" if name == "loss" else "o"
+            signal = figure.signal(list(steps), list(values), marker=marker)
+            figure.draw((signal.lines() if name == "loss" else signal).label(label))
             drawn = True
     if not drawn:
         return ""
-    plotext.title("loss, nats per token")
-    plotext.xlabel("step")
-    return str(plotext.build())
+    last = max(line["step"] for line in lines)
+    ticks = [last * part // 4 for part in range(5)]
+    figure.ruler("x").ticks(ticks, [f"{tick:,}" for tick in ticks])
+    figure.legend(x=min(width, 100) - 24)  # out of the way of a curve that falls
+    figure.title("loss, nats per token")
+    figure.label("step", "x")
+    return _ANSI.sub("", str(figure.build()))
