@@ -1,0 +1,168 @@
+"""Token shards: documents of ids on disk, memory-mapped, written whole or not at all.
+
+A shard is a folder: `tokens.bin` (ids, uint16 or uint32 little endian, documents one after another), `documents.idx`
+(int64 little endian: where each document starts, and the end) and `meta.json` (sizes, checksums, the tokenizer).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from griffin.errors import GriffinError
+from griffin.files import whole_folder
+
+FORMAT = "griffin-shard-1"
+TOKENS, DOCUMENTS, META = "tokens.bin", "documents.idx", "meta.json"
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+Ids = Sequence[int] | npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardMeta:
+    """What meta.json says."""
+
+    format: str
+    dtype: str  # of tokens.bin
+    vocab_size: int  # every id is below it
+    num_documents: int
+    num_tokens: int
+    num_bytes: int  # UTF-8 bytes of the text that the tokens stand for
+    tokenizer: str  # its fingerprint
+    tokens_sha256: str
+    documents_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """An open shard; the arrays are views of the files."""
+
+    folder: Path
+    meta: ShardMeta
+    tokens: npt.NDArray[Any]  # (num_tokens,)
+    starts: npt.NDArray[np.int64]  # (num_documents + 1,) first token of each document, then num_tokens
+
+    def verify(self) -> None:
+        """Read everything and compare the checksums.
+
+        Raises:
+            GriffinError: a file is not what was written.
+        """
+        for name, expected in ((TOKENS, self.meta.tokens_sha256), (DOCUMENTS, self.meta.documents_sha256)):
+            with (self.folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise GriffinError(
+                    f"{self.folder / name} has changed since it was written (sha256 {found[:12]}, {META} says "
+                    f"{expected[:12]}); remove {self.folder} and prepare the data again"
+                )
+
+
+def write_shard(
+    folder: str | Path,
+    documents: Iterable[Ids],
+    *,
+    vocab_size: int,
+    tokenizer: str,
+    count_bytes: Callable[[list[int]], int],
+) -> ShardMeta:
+    """Write documents as they come, one in memory at a time; the folder appears when all of them are written.
+
+    Args:
+        folder: is made, or replaced where it is there.
+        documents: ids as the model shall see them, BOS and EOS included; empty ones are left out.
+        vocab_size: decides the dtype: uint16 up to 65,536 ids.
+        tokenizer: the fingerprint of the tokenizer that made the ids.
+        count_bytes: UTF-8 bytes of a document's ids, `Tokenizer.token_bytes`.
+
+    Raises:
+        GriffinError: an id is not in 0 .. vocab_size - 1.
+    """
+    name = "uint16" if vocab_size <= 2**16 else "uint32"
+    starts, num_bytes, digest = [0], 0, hashlib.sha256()
+    with whole_folder(folder) as temporary:
+        with (temporary / TOKENS).open("wb") as file:
+            for document in documents:
+                ids = np.asarray(document, dtype=np.int64)
+                if not ids.size:
+                    continue
+                if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= vocab_size:
+                    bad = low if low < 0 else high
+                    raise GriffinError(f"document {len(starts) - 1} has token {bad}, not in 0 .. {vocab_size - 1}")
+                data = ids.astype(_DTYPES[name]).tobytes()
+                file.write(data)
+                digest.update(data)
+                starts.append(starts[-1] + ids.size)
+                num_bytes += count_bytes(ids.tolist())
+        index = np.array(starts, dtype="<i8").tobytes()
+        (temporary / DOCUMENTS).write_bytes(index)
+        meta = ShardMeta(
+            format=FORMAT,
+            dtype=name,
+            vocab_size=vocab_size,
+            num_documents=len(starts) - 1,
+            num_tokens=starts[-1],
+            num_bytes=num_bytes,
+            tokenizer=tokenizer,
+            tokens_sha256=digest.hexdigest(),
+            documents_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        (temporary / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
+    return meta
+
+
+def is_shard(folder: str | Path) -> bool:
+    """Whether a folder looks like a shard, whole or damaged."""
+    return (Path(folder) / TOKENS).exists()
+
+
+def open_shard(folder: str | Path) -> Shard:
+    """Open a shard. Sizes and document starts are checked; `Shard.verify` checks every byte.
+
+    Raises:
+        GriffinError: a file is missing, truncated, too long or contradicts another, or this is no shard.
+    """
+    folder = Path(folder)
+    meta = _read_meta(folder / META)
+    dtype = _DTYPES[meta.dtype]
+    for name, expected in ((TOKENS, meta.num_tokens * dtype.itemsize), (DOCUMENTS, (meta.num_documents + 1) * 8)):
+        file = folder / name
+        if not file.is_file():
+            raise GriffinError(f"{file} is missing; prepare the data again")
+        if (size := file.stat().st_size) != expected:
+            raise GriffinError(f"{file} has {size} bytes, {META} says {expected}: not a whole copy; copy it again")
+    starts = np.fromfile(folder / DOCUMENTS, dtype="<i8")
+    if starts[0] != 0 or starts[-1] != meta.num_tokens or (np.diff(starts) <= 0).any():
+        raise GriffinError(f"{folder / DOCUMENTS} does not fit {TOKENS}; prepare the data again")
+    tokens: npt.NDArray[Any] = np.empty(0, dtype)  # an empty file cannot be mapped
+    if meta.num_tokens:
+        tokens = np.memmap(folder / TOKENS, dtype=dtype, mode="r")
+    return Shard(folder, meta, tokens, starts)
+
+
+def _read_meta(file: Path) -> ShardMeta:
+    if not file.is_file():
+        raise GriffinError(f"{file} is missing: {file.parent} is not a folder of tokens")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GriffinError(f"{file} is not JSON ({error}); prepare the data again") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise GriffinError(f"{file} is of format {found!r}; this version reads {FORMAT!r}")
+    try:
+        meta = ShardMeta(**data)
+    except TypeError as error:
+        raise GriffinError(f"{file} does not have the keys of {FORMAT} ({error}); prepare the data again") from error
+    counts = (meta.num_documents, meta.num_tokens, meta.num_bytes, meta.vocab_size)
+    if meta.dtype not in _DTYPES or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise GriffinError(f"{file} has values that make no sense; prepare the data again")
+    return meta

@@ -1,0 +1,175 @@
+"""TrainConfig: everything that decides a run, and how a recipe, a command line and run/config.json say it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from griffin.config import GriffinConfig
+from griffin.errors import GriffinError
+
+Dtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Two runs of one config on one machine with as many threads give the same weights.
+
+    Raises:
+        GriffinError: a field is out of range, or two fields do not fit; the message gives the numbers.
+    """
+
+    model: GriffinConfig | None  # None: that of init_from
+    train_data: str  # a text file, a folder of them, or a folder of tokens (griffin.data.shards)
+    validation_data: str | None = None  # likewise; None: the last 5% of train_data
+    tokenizer: str | None = "bpe:4096"  # bpe:SIZE (learnt from train_data), bytes, or a path; None: that of init_from
+    init_from: str | None = None  # a model folder to go on from; None: random weights
+    batch_rows: int = 8  # B, rows in one forward pass
+    row_tokens: int = 256  # T, tokens of a row
+    grad_accumulation: int = 1  # forward passes for one step
+    steps: int
+    learning_rate: float = 2e-3  # the peak, at the end of the warm-up
+    min_learning_rate: float = 0.1  # at the last step, as a fraction of the peak
+    warmup_steps: int = 50
+    weight_decay: float = 0.1  # of the matrices of linear layers; see griffin.train.optim
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_clip: float = 1.0  # longest gradient, in the 2-norm over all parameters
+    dtype: Dtype = "fp32"  # bf16: fp32 weights and optimizer with bf16 activations
+    seed: int = 0  # of the initial weights and of the order of the data
+    validate_every: int = 200  # steps; also at the end
+    validation_rows: int = 64  # rows of row_tokens, the same ones each time, spread over the validation data
+    checkpoint_every: int = 200  # steps; also at the end
+    keep_checkpoints: int = 2  # the newest ones
+    sample_every: int = 0  # steps; 0: only before and after
+    sample_prompt: str = ""
+    log_every: int = 10  # steps
+    tensorboard: bool = False  # also write run/tensorboard
+    threads: int | None = None  # of the CPU; None: PyTorch's choice
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
+        positive = "batch_rows row_tokens grad_accumulation steps validate_every validation_rows checkpoint_every"
+        for name in (*positive.split(), "keep_checkpoints", "log_every"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "sample_every", "seed"):
+            _require(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "eps", "grad_clip"):
+            _require(self, name, 0 < getattr(self, name) < math.inf, "positive")
+        _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        _require(self, "min_learning_rate", 0 <= self.min_learning_rate <= 1, "a fraction of learning_rate, 0 .. 1")
+        _require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        _require(self, "dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
+        _require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or None")
+        _require(self, "train_data", bool(self.train_data), "the path of a text")
+        if self.init_from is None and (self.model is None or self.tokenizer is None):
+            raise GriffinError("model and tokenizer may be None only with init_from: give both, or a model folder")
+        if self.warmup_steps >= self.steps:
+            raise GriffinError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def config_from_json(text: str, where: str) -> TrainConfig:
+    """Read what `to_json` wrote.
+
+    Raises:
+        GriffinError: it is not JSON, has a key that TrainConfig has not or lacks one, or a value does not fit.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise GriffinError(f"{where} is not JSON ({error})") from error
+    try:
+        model = data.pop("model")
+        if model is not None:
+            model = GriffinConfig(**model)
+        return TrainConfig(model=model, **data)
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise GriffinError(f"{where} is not the config of a training run: {error}") from error
+
+
+def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    """Change fields by name: override(config, ["steps=500", "model.width=128", "betas=0.9,0.95", "threads=none"]).
+
+    All settings are applied together before anything is checked, so fields that must fit can change in any order.
+
+    Raises:
+        GriffinError: a setting is not NAME=VALUE, no field has that name (close ones are listed), or the value is not
+            of the field's type.
+    """
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise GriffinError(f"--set {setting}: write NAME=VALUE, for example steps=500")
+        *owners, leaf = name.strip().split(".")
+        target: Any = config
+        place = changes
+        for owner in owners:
+            _field_type(target, owner, setting)
+            target = getattr(target, owner)
+            if not is_dataclass(target):
+                raise GriffinError(f"--set {setting}: {owner} has no fields here; set {owner} as a whole")
+            place = place.setdefault(owner, {})
+        place[leaf] = _parse(_field_type(target, leaf, setting), text.strip(), setting)
+    return _replace(config, changes)  # type: ignore[no-any-return]
+
+
+def _replace(value: Any, changes: Mapping[str, Any]) -> Any:
+    done = {
+        name: _replace(getattr(value, name), new) if isinstance(new, dict) else new for name, new in changes.items()
+    }
+    try:
+        return replace(value, **done)
+    except GriffinError:
+        raise
+    except ValueError as error:
+        raise GriffinError(str(error)) from error
+
+
+def _field_type(owner: Any, name: str, setting: str) -> Any:
+    names = [field.name for field in fields(owner)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+        raise GriffinError(f"--set {setting}: {type(owner).__name__} has no field {name!r}; {hint}")
+    return get_type_hints(type(owner))[name]
+
+
+def _parse(kind: Any, text: str, setting: str) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        if text.lower() == "none" and type(None) in get_args(kind):
+            return None
+        return _parse(next(arg for arg in get_args(kind) if arg is not type(None)), text, setting)
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise GriffinError(f"--set {setting}: {text!r} is not one of {', '.join(get_args(kind))}")
+        return text
+    if get_origin(kind) is tuple:
+        return tuple(_parse(get_args(kind)[0], part.strip(), setting) for part in text.split(","))
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise GriffinError(f"--set {setting}: {text!r} is neither true nor false")
+        return text.lower() == "true"
+    if kind is str:
+        return text
+    if kind not in (int, float):
+        raise GriffinError(f"--set {setting}: set its fields one by one, as model.width=128")
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise GriffinError(f"--set {setting}: {text!r} is not {wanted}") from None
+
+
+def _require(config: TrainConfig, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise GriffinError(f"{name}={getattr(config, name)!r} must be {wanted}")

@@ -1,0 +1,60 @@
+"""AdamW, what it decays, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from griffin.train.config import TrainConfig
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay acts on a parameter: on the matrices of linear layers, and on nothing else.
+
+    Not on the RG-LRU: its decay a is what the layer remembers, and its gates start small. Not on biases and norms,
+    whose rest value is no better than another. Not on the embedding, where rare rows would fade between their uses. Not
+    on the convolution: four taps per channel, a scale like a norm's, which linear_x's decay bounds already.
+    """
+    *owners, leaf = name.split(".")
+    owner = owners[-1] if owners else ""
+    return leaf == "weight" and (owner.endswith("_proj") or owner in ("linear_x", "linear_y", "linear_out"))
+
+
+def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over `named_parameters()` in two groups, with and without weight decay; frozen parameters are left out."""
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[decays(name)].append((name, parameter))
+    return torch.optim.AdamW(
+        [
+            {"params": group, "weight_decay": config.weight_decay if decayed else 0.0}
+            for decayed, group in groups.items()
+            if group
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Give the rate of a step, counted from 0: a straight line up to the peak, then half a cosine down.
+
+    Step warmup_steps has the peak; the last step has min_learning_rate times it.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    low = config.min_learning_rate
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

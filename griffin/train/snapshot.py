@@ -1,0 +1,210 @@
+"""Checkpoints of a run: a model folder that anyone can load, and beside it what is needed to go on exactly.
+
+`run/checkpoints/step_00000100/` holds the model's files, `optimizer.safetensors` (AdamW's two averages of every
+parameter, by its name) and `train_state.json`. There is no random state to keep: the order of the data is a function of
+the step, and nothing else is drawn after the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from griffin import checkpoint
+from griffin.errors import GriffinError
+from griffin.files import whole_folder
+from griffin.model import Griffin
+from griffin.tokenizer import Tokenizer
+from griffin.train.config import TrainConfig
+
+FORMAT = "griffin-train-1"
+OPTIMIZER, STATE = "optimizer.safetensors", "train_state.json"
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+# Fields of TrainConfig that decide what step N + 1 reads or what the files mean; the data has a fingerprint of its own.
+# The others may change on resuming; the run is then no longer the one that would have been without the break.
+FIXED = ("model", "batch_rows", "row_tokens", "grad_accumulation", "dtype", "seed")
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a step changes besides the weights and the optimizer's averages."""
+
+    step: int = 0  # steps done, skipped ones included
+    optimizer_steps: int = 0  # steps that changed the weights
+    tokens: int = 0  # predicted so far
+    skipped: int = 0  # steps left out because of a number that is not finite
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0  # of training
+    logged_nats: float = 0.0  # since the last line of the metrics
+    logged_tokens: int = 0
+
+
+def save_snapshot(
+    run: Path,
+    config: TrainConfig,
+    data: str,
+    model: Griffin,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write the checkpoint of `progress.step`, whole or not at all, then remove all but the newest.
+
+    Args:
+        data: the fingerprint of what the run reads.
+    """
+    folder = run / "checkpoints" / f"step_{progress.step:08d}"
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "config": json.loads(config.to_json()),
+        "fixed": fingerprint(config),
+        "data": data,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    with whole_folder(folder) as temporary:
+        checkpoint.write_files(temporary, model.config, model.state_dict(), tokenizer)
+        save_file(_averages(model, optimizer), temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    for old in snapshots(run)[: -config.keep_checkpoints]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_snapshot(
+    folder: Path, config: TrainConfig, data: str, model: Griffin, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, list[str]]:
+    """Put a checkpoint into a model and its optimizer.
+
+    Returns:
+        The progress, and what differs from the machine it was written on: then the results need not be the same bits.
+
+    Raises:
+        GriffinError: a file is missing or damaged, or the checkpoint is of another config, data or model; the message
+            has both values.
+    """
+    state = _read_state(folder / STATE)
+    _check_config(folder, state, config)
+    if state["data"] != data:
+        raise GriffinError(
+            f"{folder} was trained on other data ({state['data'][:12]}, now {data[:12]}): "
+            "bring the text back as it was, or begin anew in another folder"
+        )
+    stored = checkpoint.load(folder, device=model.embedding.device)
+    if stored.config != model.config:
+        raise GriffinError(f"{folder} holds a model of another config: {_differences(stored.config, model.config)}")
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), stored.parameters(), strict=True):
+            parameter.copy_(other)
+    progress = Progress(**state["progress"])
+    _load_averages(folder / OPTIMIZER, model, optimizer, progress.optimizer_steps)
+    now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return progress, [f"{name} was {state[name]}, is {value}" for name, value in now.items() if state[name] != value]
+
+
+def snapshots(run: Path) -> list[Path]:
+    """All whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
+def latest(run: str | Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    return (snapshots(Path(run)) or [None])[-1]  # type: ignore[list-item]
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove the temporary files and folders that a killed run left; nobody else may be writing here."""
+    for place in (run, run / "checkpoints"):
+        for pattern in (".*.tmp", ".*.old"):
+            for path in place.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """A sha256 of the fields that may not change within a run."""
+    values = asdict(config)
+    return hashlib.sha256(json.dumps([values[name] for name in FIXED], sort_keys=True).encode()).hexdigest()
+
+
+def _averages(model: Griffin, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by name; zeros before its first step."""
+    averages = {}
+    for name, parameter in _trained(model).items():
+        state = optimizer.state.get(parameter, {})
+        for kind in _AVERAGES:
+            average = state.get(kind)
+            averages[f"{kind}.{name}"] = torch.zeros_like(parameter) if average is None else average
+    return {name: average.detach().cpu().contiguous() for name, average in averages.items()}
+
+
+def _load_averages(file: Path, model: Griffin, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise GriffinError(
+            f"{file} cannot be read ({error}); remove {file.parent} to go on from the one before"
+        ) from error
+    expected = {f"{kind}.{name}": p for name, p in _trained(model).items() for kind in _AVERAGES}
+    if stored.keys() != expected.keys():
+        name = min(stored.keys() ^ expected.keys())
+        raise GriffinError(f"{file}: {name!r} is {'not in it' if name in expected else 'not one of this model'}")
+    for name, parameter in expected.items():
+        if stored[name].shape != parameter.shape or stored[name].dtype != parameter.dtype:
+            raise GriffinError(
+                f"{file}: {name} is {tuple(stored[name].shape)} {stored[name].dtype}, "
+                f"the model needs {tuple(parameter.shape)} {parameter.dtype}"
+            )
+    for name, parameter in _trained(model).items():
+        averages = {kind: stored[f"{kind}.{name}"].to(parameter.device) for kind in _AVERAGES}
+        count = torch.tensor(float(steps), device=parameter.device)
+        optimizer.state[parameter] = {"step": count, **averages}
+
+
+def _trained(model: Griffin) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GriffinError(
+            f"{file} cannot be read ({error}); remove {file.parent} to go on from the one before"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise GriffinError(f"{file} is not of format {FORMAT!r}; it was not written by this version")
+    known = {field.name for field in fields(Progress)}
+    if not isinstance(state.get("progress"), dict) or state["progress"].keys() != known:
+        raise GriffinError(f"{file}: 'progress' does not have {', '.join(sorted(known))}")
+    return state
+
+
+def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    if state["fixed"] == fingerprint(config):
+        return
+    then, now = state["config"], json.loads(config.to_json())
+    differing: dict[str, tuple[Any, Any]] = {}
+    if isinstance(then["model"], dict) and isinstance(now["model"], dict):
+        differing = {f"model.{key}": (then["model"].get(key), value) for key, value in now.pop("model").items()}
+    differing |= {key: (then.get(key), now[key]) for key in FIXED if key in now}
+    texts = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing.items() if a != b]
+    raise GriffinError(f"{folder} is of another run: {'; '.join(texts)}. Give these as they were, or another --run")
+
+
+def _differences(a: Any, b: Any) -> str:
+    pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
+    return "; ".join(f"{name} was {x!r}, is {y!r}" for name, x, y in pairs if x != y)
