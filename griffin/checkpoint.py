@@ -22,7 +22,7 @@ from griffin.errors import GriffinError
 from griffin.files import whole_folder
 from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
-from griffin.tokenizer import load_tokenizer as _load_tokenizer
+from griffin.tokenizer_files import load_tokenizer as _load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 4 * 2**30

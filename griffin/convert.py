@@ -19,7 +19,7 @@ from griffin.config import BlockType, EmbeddingScale, GriffinConfig
 from griffin.errors import GriffinError
 from griffin.google_files import flax_to_google, read_flax_checkpoint, read_google, read_torch_checkpoint
 from griffin.google_names import EMBEDDING, LAYER, entries, google_shape, sizes
-from griffin.tokenizer import load_tokenizer
+from griffin.tokenizer_files import load_tokenizer
 
 __all__ = [
     "convert",

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from griffin import chat_template
 from griffin.cli.tokenizer import app, read_text
 from griffin.errors import GriffinError
-from griffin.tokenizer import Tokenizer, load_tokenizer
+from griffin.tokenizer import Tokenizer
+from griffin.tokenizer_files import load_tokenizer
 
 SENTENCES = [
     "The recurrence keeps a state of fixed size, whatever the length of the text.",

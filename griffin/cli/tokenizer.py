@@ -46,7 +46,8 @@ def train(
 
         griffin tokenizer train a.txt b.txt.xz --vocab-size 4096 --output my-tokenizer --force
     """
-    from griffin.tokenizer import TOKENIZER_FILES, Tokenizer  # after --help has been answered
+    from griffin.tokenizer import Tokenizer  # after --help has been answered
+    from griffin.tokenizer_files import TOKENIZER_FILES
 
     for name in () if force else TOKENIZER_FILES:  # models and data made with the old one would no longer fit
         if (output / name).exists():

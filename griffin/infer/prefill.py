@@ -32,7 +32,7 @@ def prefill(
         state: B rows.
         prompts: B sequences of at least one token each.
         chunk: the most tokens of a row read at once.
-        progress: called before the first chunk and after each, with tokens read and tokens in all. It may raise to stop.
+        progress: called before the first chunk and after each, with tokens read and in all. It may raise to stop.
 
     Returns:
         (B, D) what the model made of each row's last token: the input of `model.logits`.
