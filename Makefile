@@ -18,7 +18,7 @@ demo: $(DEMO)
 	$(BIN)/griffin train recipes/shakespeare.py --run $$run
 
 test: $(DEV)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 slow: $(DEV)
 	$(BIN)/pytest -m slow

@@ -80,7 +80,7 @@ class AttentionState:
         newest = positions.gather(1, last[:, None])  # (B, 1)
         offset = newest - (newest - torch.arange(S, device=positions.device)) % S
         index = last[:, None] - (newest - offset)
-        used = (index >= 0) & (offset >= 0) & (lengths > 0)[:, None]
+        used = (index >= 0) & (lengths > 0)[:, None]  # slots of offsets below 0 are not seen, whatever they hold
         index = index.clamp(min=0)[..., None, None].expand(B, S, G, K)
         used = used[..., None, None]
         self.keys.copy_(torch.where(used, keys.gather(1, index), self.keys))

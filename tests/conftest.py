@@ -15,6 +15,7 @@ settings.register_profile(
     "griffin", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("griffin")
+torch.set_num_threads(1)  # tensors here are small, and pytest-xdist runs a process per core
 
 
 @pytest.fixture(autouse=True)
