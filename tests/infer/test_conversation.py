@@ -21,8 +21,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def model(make_model: Callable[..., Griffin], tokenizer: Tokenizer) -> Griffin:
-    return make_model(vocab_size=tokenizer.vocab_size)
+def model(make_lively: Callable[..., Griffin], tokenizer: Tokenizer) -> Griffin:
+    return make_lively(vocab_size=tokenizer.vocab_size)
 
 
 def say(conversation: Conversation, text: str, **options: Any) -> tuple[str, tuple[int, ...], str | None]:
@@ -133,8 +133,8 @@ def test_a_failed_reply_leaves_the_conversation_as_it_was(model: Griffin, tokeni
     assert say(conversation, TURNS[1], seed=2) == say(twin, TURNS[1], seed=2)
 
 
-def test_without_a_template_the_text_goes_on(make_model: Callable[..., Griffin]) -> None:
-    model, tokenizer = make_model(), Tokenizer.bytes()
+def test_without_a_template_the_text_goes_on(make_lively: Callable[..., Griffin]) -> None:
+    model, tokenizer = make_lively(), Tokenizer.bytes()
     conversation = Conversation(model, tokenizer)
     assert not conversation.has_template
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "stop_ids": ()}
