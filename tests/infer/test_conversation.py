@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from griffin import Griffin, GriffinError, Tokenizer
+from griffin.chat_template import GEMMA
 from griffin.infer.conversation import Conversation
 from griffin.infer.generate import generate
 
@@ -17,7 +18,7 @@ OPTIONS: dict[str, Any] = {"temperature": 1.3, "max_tokens": 25, "stop_ids": ran
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 3], 270)
+    return Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 3], 270, chat_template=GEMMA)
 
 
 @pytest.fixture
