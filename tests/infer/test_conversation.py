@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from griffin import Griffin, GriffinError, Tokenizer
+from griffin.chat_template import GEMMA
 from griffin.infer.conversation import Conversation
 from griffin.infer.generate import generate
 
@@ -17,12 +18,12 @@ OPTIONS: dict[str, Any] = {"temperature": 1.3, "max_tokens": 25, "stop_ids": ran
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 3], 270)
+    return Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 3], 270, chat_template=GEMMA)
 
 
 @pytest.fixture
-def model(make_model: Callable[..., Griffin], tokenizer: Tokenizer) -> Griffin:
-    return make_model(vocab_size=tokenizer.vocab_size)
+def model(make_lively: Callable[..., Griffin], tokenizer: Tokenizer) -> Griffin:
+    return make_lively(vocab_size=tokenizer.vocab_size)
 
 
 def say(conversation: Conversation, text: str, **options: Any) -> tuple[str, tuple[int, ...], str | None]:
@@ -133,8 +134,8 @@ def test_a_failed_reply_leaves_the_conversation_as_it_was(model: Griffin, tokeni
     assert say(conversation, TURNS[1], seed=2) == say(twin, TURNS[1], seed=2)
 
 
-def test_without_a_template_the_text_goes_on(make_model: Callable[..., Griffin]) -> None:
-    model, tokenizer = make_model(), Tokenizer.bytes()
+def test_without_a_template_the_text_goes_on(make_lively: Callable[..., Griffin]) -> None:
+    model, tokenizer = make_lively(), Tokenizer.bytes()
     conversation = Conversation(model, tokenizer)
     assert not conversation.has_template
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "stop_ids": ()}

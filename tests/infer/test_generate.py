@@ -29,8 +29,8 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def model(make_model: Callable[..., Griffin]) -> Griffin:
-    return make_model()
+def model(make_lively: Callable[..., Griffin]) -> Griffin:
+    return make_lively()
 
 
 class Script(Griffin):
@@ -84,11 +84,12 @@ def test_one_seed_is_every_rows_seed(model: Griffin, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("preset", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
 def test_going_on_equals_never_having_stopped(
-    make_model: Callable[..., Griffin], tokenizer: Tokenizer, tmp_path: Path, preset: str
+    make_lively: Callable[..., Griffin], tokenizer: Tokenizer, tmp_path: Path, preset: str
 ) -> None:
-    model = make_model(preset)
+    model = make_lively(preset)
     greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     whole = generate(model, tokenizer, PROMPTS, max_tokens=2 * W + 9, **greedy)
+    assert len({token for each in whole for token in each.tokens}) > 5
     first = generate(model, tokenizer, PROMPTS, max_tokens=W + 2, **greedy)
     for row, (long, short) in enumerate(zip(whole, first, strict=True)):
         assert long.tokens[: W + 2] == short.tokens
@@ -116,6 +117,7 @@ def test_greedy_is_the_argmax_of_one_forward_pass(model: Griffin, tokenizer: Tok
     prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in PROMPTS]
     completions = generate(model, tokenizer, prompts, temperature=0, max_tokens=3 * W, logprobs=3, ignore_eos=True)
     for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(set(completion.tokens)) > 5
         text = torch.tensor([[*prompt, *completion.tokens]])
         with torch.no_grad():
             logits = model.logits(model(text))[0, len(prompt) - 1 : -1]
