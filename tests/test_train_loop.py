@@ -146,9 +146,11 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path: Path, config: TrainConfig) ->
 
 KILLED = """
 import json, os, random, signal, sys, time
+import torch._dynamo  # which making a model imports: once here, not in every child
 from pathlib import Path
 from griffin.train.config import config_from_json
 from griffin.train.loop import train
+from griffin.train.metrics import read_metrics
 from griffin.train.snapshot import latest
 import griffin.train.snapshot as snapshot
 from rich.console import Console
@@ -169,18 +171,18 @@ def start(run, die_in_checkpoint=False):
         os._exit(0)
     return child
 
-began = time.monotonic()
 assert os.waitpid(start("whole"), 0)[1] == 0
-whole_s = time.monotonic() - began
 seen = []
-for attempt in range(2):
-    child = start("broken", in_checkpoint)
+for low, high in ((3, 20), (25, 40)):
+    child, step = start("broken", in_checkpoint), random.randint(low, high)
+    while not in_checkpoint and not any(line["step"] >= step for line in read_metrics(folder / "broken/metrics.jsonl")):
+        time.sleep(0.001)
     if not in_checkpoint:
-        time.sleep(random.uniform(0.2, 0.7) * whole_s)
+        time.sleep(random.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     newest = latest(folder / "broken")
-    seen.append([status, None if newest is None else newest.name])
+    seen.append([status, step, None if newest is None else newest.name])
 assert os.waitpid(start("broken"), 0)[1] == 0
 print(json.dumps(seen))
 """
@@ -188,7 +190,7 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize("in_checkpoint", [False, True])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, config: TrainConfig, in_checkpoint: bool) -> None:
-    config = replace(config, steps=30, checkpoint_every=7, log_every=3)
+    config = replace(config, steps=60, checkpoint_every=12, validate_every=20, log_every=1)
     (tmp_path / "config.json").write_text(config.to_json())
     seed = int.from_bytes(os.urandom(2))
     arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(seed), "yes" if in_checkpoint else "no"]
@@ -196,10 +198,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, config: TrainConfig, i
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=root, timeout=120)
     assert done.returncode == 0, (seed, done.stderr)
     kills = json.loads(done.stdout)
-    assert [status for status, _ in kills] == 2 * [signal.SIGKILL], (seed, kills)
+    assert kills[0][0] == signal.SIGKILL, (seed, kills)  # a busy machine may let the second one finish first
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "whole"), (seed, kills)
     assert weights(tmp_path / "broken" / "model") == weights(tmp_path / "whole" / "model"), (seed, kills)
-    last = "step_00000030"
+    last = "step_00000060"
     assert weights(tmp_path / "broken" / "checkpoints" / last) == weights(tmp_path / "whole" / "checkpoints" / last)
     for place in (tmp_path / "broken", tmp_path / "broken" / "checkpoints"):
         assert [path.name for path in place.glob(".*") if path.name != ".lock"] == []  # nothing is left lying about

@@ -235,6 +235,8 @@ class _Run:
     def _sample(self, when: str) -> None:
         if self.sampler is not None:
             text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt)
+            if self.progress.step == 0:  # a model that knows nothing repeats itself at length
+                text = "\n".join(text.splitlines()[:6])[:300]
             self.display.say(f"\n--- a sample {when} ---\n{text}\n---\n")
 
     def _save(self) -> Path:
