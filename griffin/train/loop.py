@@ -79,33 +79,43 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     with only_process(run):
         remove_leftovers(run)
+        # Once there is a checkpoint, the model that the run began with is not needed any more.
+        start = newest if newest is not None or config.init_from is None else checkpoint.resolve(config.init_from)
         if config.model is None:
-            assert config.init_from is not None  # TrainConfig sees to it
-            source = newest if newest is not None else checkpoint.resolve(config.init_from)
-            config = replace(config, model=checkpoint.read_config(source))
+            assert start is not None  # TrainConfig sees to it
+            config = replace(config, model=checkpoint.read_config(start))
         with whole_file(run / "config.json") as file:
             file.write_text(config.to_json(), encoding="utf-8")
         with reporting(console) as report:
             data = prepare(
                 config.train_data,
                 run / "data",
-                tokenizer=config.tokenizer or str(config.init_from),
+                tokenizer=config.tokenizer or str(start),
                 validation=config.validation_data,
                 report=report,
             )
-        return _Run(config, run, data, console, sampler).go(newest)
+        return _Run(config, run, data, console, sampler, newest).go()
 
 
 class _Run:
     """The parts of a run, so that each step of it can be read on its own."""
 
-    def __init__(self, config: TrainConfig, run: Path, data: Data, console: Console, sampler: Sampler | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: Path,
+        data: Data,
+        console: Console,
+        sampler: Sampler | None,
+        newest: Path | None,
+    ) -> None:
         assert config.model is not None
         self.config, self.run, self.data, self.sampler = config, run, data, sampler
         self.device = _device(config.device)
         _check_data(config, config.model, data)
         self.num_rows = count_rows(data.train, config.row_tokens)
-        self.model = _make_model(config, config.model, self.device)
+        self.newest = newest
+        self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
         self.validation = Validation.of(
             data.validation,
@@ -120,8 +130,8 @@ class _Run:
         self.width = console.width
         self.bits_per_byte: float | None = None
 
-    def go(self, newest: Path | None) -> Result:
-        config, progress = self.config, self.progress
+    def go(self) -> Result:
+        config, progress, newest = self.config, self.progress, self.newest
         if newest is not None:
             self.progress, changes = load_snapshot(newest, config, self.data.fingerprint(), self.model, self.optimizer)
             progress = self.progress
@@ -225,6 +235,8 @@ class _Run:
     def _sample(self, when: str) -> None:
         if self.sampler is not None:
             text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt)
+            if self.progress.step == 0:  # a model that knows nothing repeats itself at length
+                text = "\n".join(text.splitlines()[:6])[:300]
             self.display.say(f"\n--- a sample {when} ---\n{text}\n---\n")
 
     def _save(self) -> Path:
@@ -254,14 +266,14 @@ class _Run:
         )
 
 
-def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device) -> Griffin:
+def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device, init_from: str | None) -> Griffin:
     activations = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    if config.init_from is None:
+    if init_from is None:
         generator = torch.Generator(device).manual_seed(config.seed)
         return Griffin(model, device=device, activation_dtype=activations, generator=generator)
-    loaded = checkpoint.load(config.init_from, device=device, dtype=torch.float32)
+    loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
     if loaded.config != model:
-        raise GriffinError(f"{config.init_from} is of another config than model=; leave model=None to take its own")
+        raise GriffinError(f"{init_from} is of another config than model=; leave model=None to take its own")
     loaded.activation_dtype = activations
     return loaded
 
