@@ -42,7 +42,7 @@ def test_a_text_becomes_a_model_that_writes(
     monkeypatch.chdir(tmp_path)
     assert run(["train", str(text), *SMALL]) == 0
     shown = capsys.readouterr().out
-    assert "chosen for about 0.0018 MB of text: a Griffin of 3 layers" in shown
+    assert "chosen for about 0.0016 MB of text: a Griffin of 3 layers" in shown
     assert "--- a sample before training ---\nThe" in shown
     assert "--- a sample after training ---\nThe" in shown
     assert "griffin chat 'runs/my text/model'" in shown

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import griffin
 from griffin import PRESETS, Griffin
+from griffin.data.packing import count_rows, pack
+from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
 from griffin.train import loop
 from griffin.train.config import TrainConfig
@@ -205,6 +207,25 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, config: TrainConfig, i
     assert weights(tmp_path / "broken" / "checkpoints" / last) == weights(tmp_path / "whole" / "checkpoints" / last)
     for place in (tmp_path / "broken", tmp_path / "broken" / "checkpoints"):
         assert [path.name for path in place.glob(".*") if path.name != ".lock"] == []  # nothing is left lying about
+
+
+def test_a_run_reads_every_row_once_per_epoch(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, grad_accumulation=3, sample_every=7)
+    read: list[int] = []
+
+    def recording_pack(shard: Any, rows: list[int], row_tokens: int) -> Any:
+        read.extend(rows)
+        return pack(shard, rows, row_tokens)
+
+    monkeypatch.setattr(loop, "pack", recording_pack)
+    run(config, tmp_path / "run", sampler=signals_on(2, signal.SIGINT))
+    run(config, tmp_path / "run", resume=True)
+    num_rows = count_rows(open_shard(tmp_path / "run" / "data" / "train"), config.row_tokens)
+    assert len(read) == 12 * 3 * 2
+    assert len(read) < num_rows  # so that none comes twice
+    assert len(set(read)) == len(read)
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path, config: TrainConfig) -> None:
