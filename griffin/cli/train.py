@@ -75,7 +75,7 @@ def train(
         console.print(f"stopped at step {result.step} of {config.steps}; go on with", markup=False)
         console.print(f"  {shlex.join(again)}", markup=False, soft_wrap=True)
         return
-    prompt = shlex.quote(config.sample_prompt) if config.sample_prompt.strip() else '"Once"'
+    prompt = shlex.quote(config.sample_prompt.strip() or "Once")
     measured = result.validation_bits_per_byte
     quality = "" if measured is None else f", {measured:.3f} bits per byte of text it has not seen"
     console.print(f"trained in {result.seconds / 60:.1f} minutes{quality}", markup=False)
