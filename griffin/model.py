@@ -59,6 +59,17 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class Embedding(nn.Module):
+    """The table E, (V, D): row E[token] going in, and the output matrix."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32, rounded once."""
 
@@ -230,7 +241,7 @@ class Griffin(nn.Module):
         with torch.device("meta"):
             layers = nn.ModuleDict(
                 {
-                    "embed_tokens": nn.Embedding(config.vocab_size, config.width),
+                    "embed_tokens": Embedding(config.vocab_size, config.width),
                     "layers": nn.ModuleList(Block(config, kind) for kind in config.block_types),
                     "final_norm": RMSNorm(config.width, config.rms_norm_eps),
                 }
@@ -275,7 +286,7 @@ class Griffin(nn.Module):
         span = self._span(tokens, state, positions, lengths)
         if span.padding is not None:
             tokens = tokens.masked_fill(span.padding, 0)
-        x = F.embedding(tokens, self.embedding).to(self.activation_dtype)  # (B, T, D)
+        x = self.model["embed_tokens"](tokens).to(self.activation_dtype)  # (B, T, D)
         if self.config.embedding_scale != "none":
             x = x * _embedding_scale(self.config)
         for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
