@@ -102,8 +102,18 @@ class Kernel:
         function(now.pool, *[_address(a) if isinstance(a, Tensor) else a for a in arguments])
 
 
+def empty_like(tensor: Tensor) -> Tensor:
+    """Memory for a kernel's result: contiguous, whatever the strides of `tensor`."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def fp32(parameter: Tensor) -> Tensor:
+    """Give a parameter as kernels take them: they are small, and fp32 whatever the dtype of the activations."""
+    return parameter.to(torch.float32).contiguous()
+
+
 def _address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
+    assert type(tensor) in _PLAIN and tensor.is_contiguous()
     return tensor.data_ptr()
 
 
