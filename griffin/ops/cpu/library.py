@@ -113,7 +113,8 @@ def fp32(parameter: Tensor) -> Tensor:
 
 
 def _address(tensor: Tensor) -> int:
-    assert type(tensor) in _PLAIN and tensor.is_contiguous()
+    assert type(tensor) in _PLAIN
+    assert tensor.is_contiguous()
     return tensor.data_ptr()
 
 
