@@ -28,10 +28,12 @@ def main(arguments: list[str]) -> int:
         library = Path(folder, "griffin/ops/cpu/_kernels.so")
         find = [*shlex.split(compiler), "-print-file-name=libasan.so"]
         runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
-        # Leaks: Python's and PyTorch's own would drown ours, and the kernels allocate nothing.
+        # Leaks are not looked for: Python's and PyTorch's own would drown ours, and the kernels allocate nothing.
         sanitizers = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         tests = ["tests/ops/test_cpu_kernels.py", "-k", "not torch-"]
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--kernels={library}", *tests, *arguments]
+        # -s: pytest would swallow the report of a process that is ended.
+        options = ["-s", "-p", "no:cacheprovider", f"--kernels={library}"]
+        command = [sys.executable, "-m", "pytest", *options, *tests, *arguments]
         return subprocess.run(command, cwd=ROOT, env=os.environ | sanitizers).returncode
 
 

@@ -66,7 +66,7 @@ INLINE Half to_bits(Vec v) {  // to nearest, ties to even; NaN stays NaN
   const Unsigned bits = (Unsigned)v;
   const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Unsigned is_nan = (Unsigned)(v != v);
-  return narrow((rounded & ~is_nan) | (0x7fc0 & is_nan));
+  return narrow(rounded | (0x7fc0 & is_nan));
 }
 
 // `lanes` (1 .. 8) values from any address; the other lanes are zero.
