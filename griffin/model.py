@@ -21,10 +21,12 @@ from griffin.config import GriffinConfig
 from griffin.ops import (
     block_diagonal_linear,
     causal_conv1d,
+    geglu,
     local_attention,
     output_linear,
     rg_lru,
     ring_attention,
+    rms_norm,
     rope,
     rope_table,
 )
@@ -79,8 +81,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(dtype), self.weight.shape, 1 + self.weight.to(dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Conv1d(nn.Module):
@@ -140,7 +141,7 @@ class RecurrentBlock(nn.Module):
         self.rg_lru = RGLRU(config)
 
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
-        y = F.gelu(self.linear_y(x), approximate="tanh")  # (B, T, R)
+        y = self.linear_y(x)  # (B, T, R)
         inputs = self.linear_x(x)  # (B, T, R)
         conv, h0 = (None, None) if state is None else (state.conv, state.h)
         if conv is not None and torch.is_grad_enabled():
@@ -151,7 +152,7 @@ class RecurrentBlock(nn.Module):
             if span.lengths is not None:
                 last_conv = _last_inputs(inputs, state.conv, span)
             state.update_(last_h, last_conv)
-        return self.linear_out(y * h)  # type: ignore[no-any-return]
+        return self.linear_out(geglu(y, h))  # type: ignore[no-any-return]
 
 
 class LocalAttention(nn.Module):
@@ -196,7 +197,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(E, D, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

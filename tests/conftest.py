@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from griffin import PRESETS, Griffin
+from griffin.ops.cpu import library
 
 settings.register_profile(
     "griffin", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -25,6 +27,20 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", type=Path, help="another build of griffin/ops/cpu/_kernels.so (tests/sanitize.py)")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    path = request.config.getoption("--kernels")
+    if path is None:
+        yield
+    else:
+        with library.using(path=path):
+            yield
 
 
 @pytest.fixture

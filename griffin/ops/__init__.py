@@ -5,7 +5,9 @@ They know no module, config or state.
 
 from griffin.ops.attention import local_attention, ring_attention
 from griffin.ops.conv import causal_conv1d
+from griffin.ops.gated import geglu
 from griffin.ops.linear import block_diagonal_linear, output_linear
+from griffin.ops.norm import rms_norm
 from griffin.ops.rg_lru import rg_lru
 from griffin.ops.rope import rope, rope_table
 from griffin.ops.scan import linear_scan
@@ -13,11 +15,13 @@ from griffin.ops.scan import linear_scan
 __all__ = [
     "block_diagonal_linear",
     "causal_conv1d",
+    "geglu",
     "linear_scan",
     "local_attention",
     "output_linear",
     "rg_lru",
     "ring_attention",
+    "rms_norm",
     "rope",
     "rope_table",
 ]

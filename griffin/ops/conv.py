@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from griffin.ops.cpu import library
+from griffin.ops.cpu import recurrence as cpp
 from griffin.ops.scan import accumulation_dtype
 
 
@@ -52,6 +54,8 @@ def causal_conv1d(
 def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state):
+        return cpp.causal_conv1d(x, weight, bias, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
     inputs = torch.cat([state, x], dim=1)
     w = weight.to(dtype).T
@@ -76,6 +80,8 @@ def _(x, weight, bias, state, reset):  # type: ignore[no-untyped-def]
 def _causal_conv1d_backward(
     dy: Tensor, dlast: Tensor, x: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state, dy, dlast):
+        return cpp.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
     inputs, w, dy = torch.cat([state, x], dim=1), weight.to(dtype).T, dy.to(dtype)
     dinputs = torch.zeros_like(inputs, dtype=dtype)

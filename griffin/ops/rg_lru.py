@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.ops.cpu import library
+from griffin.ops.cpu import recurrence as cpp
 from griffin.ops.scan import CHUNK, initial_state, reverse_scan, scan
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
@@ -84,6 +86,8 @@ def _rg_lru(
     unscaled_first_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
+    if library.serves(x, input_gate, recurrent_gate):
+        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
     b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
     _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
     h = scan(a, b.mul_(scale), h0)
@@ -118,6 +122,11 @@ def _rg_lru_backward(
     (none of the second term where m is 1 by rule);  d(recurrent_gate) = -8 softplus(p) r (1 - r) dlog_a;
     dp = -8 sigmoid(p) sum(r dlog_a);  dh0 = a_1 g_1.
     """
+    if library.serves(x, dy):
+        return cpp.rg_lru_backward(
+            *(dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset),
+            *(max_sqrt_gradient, unscaled_first_token),
+        )
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, squared, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from griffin.ops.cpu import library
+from griffin.ops.cpu import pointwise as cpp
 
 
 def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -36,6 +41,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, T, H, K) in x.dtype; products are in fp32 (fp64 for fp64).
 
+    Gradient for x; none for the table.
+
     Raises:
         ValueError: the table does not fit x.
 
@@ -44,9 +51,40 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.shape[-1]
     if x.dim() != 4 or cos.shape != sin.shape or cos.shape[:2] != x.shape[:2] or 2 * n > x.shape[3]:
         raise ValueError(f"x {tuple(x.shape)}, table {tuple(cos.shape)}: they must be (B, T, H, K>=2n) and (B, T, n)")
-    if n == 0:
-        return x
+    return torch.ops.griffin.rope(x, cos, sin)  # type: ignore[no-any-return]
+
+
+# Composite, not a custom_op: where no kernel is registered, PyTorch differentiates, fuses and shards the definition.
+_library = torch.library.Library("griffin", "FRAGMENT")
+_library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+
+
+@torch.library.impl(_library, "rope", "CompositeImplicitAutograd")
+def _definition(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    n = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second, rest = x.split([n, n, x.shape[3] - 2 * n], dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
+
+
+@torch.library.impl(_library, "rope", "CPU")
+def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return cpp.rope(x, cos, sin) if library.serves(x) else _definition(x, cos, sin)
+
+
+@torch.library.impl(_library, "rope", "AutogradCPU")
+def _autograd_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _Rope.apply(x, cos, sin) if library.serves(x) else _definition(x, cos, sin)  # type: ignore[no-untyped-call]
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return cpp.rope(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return cpp.rope(dy, *ctx.saved_tensors, inverse=True), None, None

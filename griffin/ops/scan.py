@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from griffin.ops.cpu import library
+from griffin.ops.cpu import recurrence as cpp
+
 # Time is cut in chunks of this many tokens wherever something is kept or computed per chunk.
 CHUNK = 64
 # With fewer channels than this in flight (B * R), a step of the loop over time is all overhead, and on a GPU it always
@@ -53,6 +56,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("griffin::linear_scan", mutates_args=())
 def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    if library.serves(x, a):
+        return cpp.linear_scan(x, a, h0)
     h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
     return h.to(x.dtype), h[:, -1].clone()
 
@@ -66,6 +71,8 @@ def _(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 def _linear_scan_backward(
     dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if library.serves(x, a, dy):
+        return cpp.linear_scan_backward(dy, dh_last, x, a, h0)
     a_, x_ = a.to(h0.dtype), x.to(h0.dtype)
     g = reverse_scan(a_, dy.to(h0.dtype), dh_last)
     h = scan(a_, x_, h0)

@@ -84,3 +84,20 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: 
                 keys, values = k[b, first : earlier + t + 1, h // group], v[b, first : earlier + t + 1, h // group]
                 out[b, t, h] = torch.softmax(keys @ q[b, t, h] * K**-0.5, dim=0) @ values
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + eps) * (1 + weight)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y, n = x.clone(), cos.shape[-1]
+    for i in range(n):
+        c, s = cos[:, :, None, i], sin[:, :, None, i]
+        y[..., i] = x[..., i] * c - x[..., i + n] * s
+        y[..., i + n] = x[..., i + n] * c + x[..., i] * s
+    return y

@@ -1,0 +1,47 @@
+// y = gelu_tanh(gate) up, element by element; contract in griffin/ops/gated.py. All (n) of type T, contiguous.
+#include "functions.h"
+#include "kernel.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 2048;  // elements of a task
+
+// task(j, lanes) for every vector of n elements
+template <class Task>
+INLINE void pointwise(ParallelFor pool, int64_t n, const Task& task) {
+  parallel(pool, pieces(n, BLOCK), BLOCK, [&](int64_t block) {
+    const int64_t end = smaller(n, (block + 1) * BLOCK);
+    for (int64_t j = block * BLOCK; j < end; j += LANES) task(j, smaller(LANES, end - j));
+  });
+}
+
+template <class T>
+void forward(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {
+  pointwise(pool, n, [&](int64_t j, int64_t lanes) {
+    store(y + j, gelu(load(gate + j, lanes)) * load(up + j, lanes), lanes);
+  });
+}
+
+// dup = dy gelu(gate);  dgate = dy up gelu'(gate)
+template <class T>
+void backward(ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
+  pointwise(pool, n, [&](int64_t j, int64_t lanes) {
+    const Vec g = load(dy + j, lanes), x = load(gate + j, lanes), s = gelu_sigmoid(x);
+    store(dup + j, g * (x * s), lanes);
+    store(dgate + j, g * load(up + j, lanes) * gelu_slope(x, s), lanes);
+  });
+}
+
+}  // namespace
+
+#define GEGLU_KERNELS(T)                                                                                        \
+  KERNEL(geglu_forward, T)(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {                     \
+    forward<T>(pool, gate, up, y, n);                                                                           \
+  }                                                                                                             \
+  KERNEL(geglu_backward, T)                                                                                     \
+  (ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {                    \
+    backward<T>(pool, dy, gate, up, dgate, dup, n);                                                             \
+  }
+
+GEGLU_KERNELS(float)
+GEGLU_KERNELS(bf16)

@@ -1,0 +1,51 @@
+// What every kernel file starts from: how a kernel is exported, and how it shares its work among threads.
+//
+// Each .cpp file here is compiled once per instruction set (setup.py), with GRIFFIN_ISA set to its name. A kernel
+//
+//     KERNEL(rg_lru_forward, float)(ParallelFor pool, ...)
+//
+// becomes the plain C function griffin_rg_lru_forward_float_avx2 (or ..._portable), which library.py finds by name.
+// Everything else in a kernel file belongs in an anonymous namespace, and nothing from the C++ library that is a
+// template or inline may be called: the linker would merge the copies and could run AVX2 code on a CPU without it.
+#pragma once
+
+#include <cstdint>
+
+#ifndef GRIFFIN_ISA
+#error "setup.py names the instruction set"
+#endif
+
+#define GRIFFIN_JOIN_(name, type, isa) griffin_##name##_##type##_##isa
+#define GRIFFIN_JOIN(name, type, isa) GRIFFIN_JOIN_(name, type, isa)
+#define KERNEL(name, type) \
+  extern "C" __attribute__((visibility("default"))) void GRIFFIN_JOIN(name, type, GRIFFIN_ISA)
+
+// torch_parallel_for of libtorch_cpu, or null to run on the calling thread. Calls f on pieces of [begin, end), each at
+// least `grain` long, on torch's thread pool.
+extern "C" {
+typedef void (*ParallelBody)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
+}
+
+namespace {
+
+// Below this many elements of a pointwise formula, waking another thread costs more than it saves.
+constexpr int64_t GRAIN_ELEMENTS = 8192;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
+
+// Run task(i) for i in [0, tasks), each of about `elements` elements. What a task computes must not depend on which
+// thread runs it or on how many there are: so results are the same for any number of threads.
+template <class Task>
+void parallel(ParallelFor pool, int64_t tasks, int64_t elements, const Task& task) {
+  const ParallelBody body = [](int64_t begin, int64_t end, void* context) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<const Task*>(context))(i);
+  };
+  void* context = const_cast<void*>(static_cast<const void*>(&task));
+  const int64_t grain = larger(1, GRAIN_ELEMENTS / larger(1, elements));
+  if (pool == nullptr || tasks <= grain || pool(0, tasks, grain, body, context) != 0) body(0, tasks, context);
+}
+
+}  // namespace

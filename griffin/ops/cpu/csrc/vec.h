@@ -1,0 +1,110 @@
+// Eight fp32 lanes: loads and stores of fp32 and bf16, and the few operations that differ between instruction sets.
+// + - * / and comparisons are the compiler's own vector operators (GCC and Clang): portable where there is no AVX2.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define GRIFFIN_AVX2 1
+#else
+#include <cmath>
+#define GRIFFIN_AVX2 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+
+namespace {
+
+constexpr int64_t LANES = 8;
+typedef float Vec __attribute__((vector_size(32)));
+typedef int32_t Int __attribute__((vector_size(32)));
+typedef uint32_t Unsigned __attribute__((vector_size(32)));
+typedef uint16_t Half __attribute__((vector_size(16)));
+
+struct bf16 {
+  uint16_t bits;  // the upper half of an fp32
+};
+
+INLINE Vec splat(float v) { return Vec{v, v, v, v, v, v, v, v}; }
+INLINE Int as_int(Vec v) { return (Int)v; }
+INLINE Vec as_float(Int v) { return (Vec)v; }
+
+#if GRIFFIN_AVX2
+INLINE Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE Vec sqrt(Vec a) { return (Vec)_mm256_sqrt_ps((__m256)a); }
+// The second argument where either is NaN: put the value that may be NaN there, and NaN goes through.
+INLINE Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE Half narrow(Unsigned v) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08);
+  return (Half)_mm256_castsi256_si128(packed);
+}
+INLINE Unsigned widen(Half v) { return (Unsigned)_mm256_cvtepu16_epi32((__m128i)v); }
+#else
+INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+INLINE Vec sqrt(Vec a) {
+  for (int i = 0; i < LANES; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Half narrow(Unsigned v) { return __builtin_convertvector(v, Half); }
+INLINE Unsigned widen(Half v) { return __builtin_convertvector(v, Unsigned); }
+#endif
+
+INLINE Vec abs(Vec v) { return as_float(as_int(v) & 0x7fffffff); }
+
+INLINE float sum(Vec v) {  // always in this order
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+INLINE Vec from_bits(Half v) { return (Vec)(widen(v) << 16); }
+
+INLINE Half to_bits(Vec v) {  // to nearest, ties to even; NaN stays NaN
+  const Unsigned bits = (Unsigned)v;
+  const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Unsigned is_nan = (Unsigned)(v != v);
+  return narrow(rounded | (0x7fc0 & is_nan));
+}
+
+// `lanes` (1 .. 8) values from any address; the other lanes are zero.
+INLINE Vec load(const float* p, int64_t lanes = LANES) {
+  Vec v = {};
+  if (lanes == LANES) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    for (int64_t i = 0; i < lanes; ++i) v[i] = p[i];
+  }
+  return v;
+}
+
+INLINE Vec load(const bf16* p, int64_t lanes = LANES) {
+  Half v = {};
+  if (lanes == LANES) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    for (int64_t i = 0; i < lanes; ++i) v[i] = p[i].bits;
+  }
+  return from_bits(v);
+}
+
+INLINE void store(float* p, Vec v, int64_t lanes = LANES) {
+  if (lanes == LANES) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    for (int64_t i = 0; i < lanes; ++i) p[i] = v[i];
+  }
+}
+
+INLINE void store(bf16* p, Vec v, int64_t lanes = LANES) {
+  const Half bits = to_bits(v);
+  if (lanes == LANES) {
+    std::memcpy(p, &bits, sizeof bits);
+  } else {
+    for (int64_t i = 0; i < lanes; ++i) p[i].bits = bits[i];
+  }
+}
+
+}  // namespace

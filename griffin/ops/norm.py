@@ -1,0 +1,69 @@
+"""rms_norm: each token divided by its root mean square, times 1 + weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.ops.cpu import library
+from griffin.ops.cpu import pointwise as cpp
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute y = x / sqrt(mean(x^2) + eps) * (1 + weight) over the last axis.
+
+    Args:
+        x: (..., D) bf16, fp16, fp32 or fp64.
+        weight: (D,) any floating dtype; zero leaves the scale at 1.
+        eps: added to the mean square.
+
+    Returns:
+        (..., D) in x.dtype; computed in fp32 (fp64 for fp64) and rounded once.
+
+    Gradients for x and weight.
+
+    Raises:
+        ValueError: weight does not fit x.
+
+    Source: RMSNorm, arXiv:1910.07467; 1 + weight as in Google's Gemma and RecurrentGemma.
+    """
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
+        raise ValueError(f"weight is {tuple(weight.shape)}; this x {tuple(x.shape)} needs {tuple(x.shape[-1:])}")
+    return torch.ops.griffin.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+
+
+# Composite, not a custom_op: where no kernel is registered, PyTorch differentiates, fuses and shards the definition.
+_library = torch.library.Library("griffin", "FRAGMENT")
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+
+
+@torch.library.impl(_library, "rms_norm", "CompositeImplicitAutograd")
+def _definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(dtype), weight.shape, 1 + weight.to(dtype), eps).to(x.dtype)
+
+
+@torch.library.impl(_library, "rms_norm", "CPU")
+def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return cpp.rms_norm(x, weight, eps)[0] if library.serves(x) else _definition(x, weight, eps)
+
+
+@torch.library.impl(_library, "rms_norm", "AutogradCPU")
+def _autograd_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _RMSNorm.apply(x, weight, eps) if library.serves(x) else _definition(x, weight, eps)  # type: ignore[no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = cpp.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *cpp.rms_norm_backward(dy, *ctx.saved_tensors), None

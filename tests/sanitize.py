@@ -1,0 +1,41 @@
+"""Run the kernels' tests with the library built for AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tests/sanitize.py [pytest's arguments]
+
+Builds into a temporary folder and leaves the installed library alone. Needs GCC (its libasan is preloaded). Any error
+the sanitizers find ends the run with its report and an exit status that is not zero.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
+
+
+def main(arguments: list[str]) -> int:
+    compiler = os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", f"{folder}/temp"]
+        required = {"CXX": compiler, "CXXFLAGS": FLAGS, "GRIFFIN_REQUIRE_KERNELS": "1"}
+        subprocess.run(build, cwd=ROOT, env=os.environ | required, check=True)
+        library = Path(folder, "griffin/ops/cpu/_kernels.so")
+        find = [*shlex.split(compiler), "-print-file-name=libasan.so"]
+        runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+        # Leaks are not looked for: Python's and PyTorch's own would drown ours, and the kernels allocate nothing.
+        sanitizers = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        tests = ["tests/ops/test_cpu_kernels.py", "-k", "not torch-"]
+        # -s: pytest would swallow the report of a process that is ended.
+        options = ["-s", "-p", "no:cacheprovider", f"--kernels={library}"]
+        command = [sys.executable, "-m", "pytest", *options, *tests, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | sanitizers).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
