@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from griffin.ops.cpu import library
 
-import griffin.ops  # registers the ops  # noqa: F401
-
-# What computes an op where no kernel of ours is registered for the device.
+# What computes each op where no kernel of ours does.
 DEFINITIONS = {
-    "linear_scan": "PyTorch, a loop over chunks of time",
-    "rg_lru": "PyTorch, a loop over chunks of time",
+    "linear_scan": "PyTorch, a loop over time",
+    "rg_lru": "PyTorch, a loop over time",
     "causal_conv1d": "PyTorch, one product per tap",
     "local_attention": "PyTorch scaled_dot_product_attention, in blocks of queries",
     "ring_attention": "PyTorch scaled_dot_product_attention",
-}
-COMPOSED = {
+    "rms_norm": "PyTorch, elementwise",
+    "geglu": "PyTorch, elementwise",
+    "rope": "PyTorch, elementwise",
     "block_diagonal_linear": "PyTorch matmul",
     "output_linear": "PyTorch matmul",
-    "rope": "PyTorch, elementwise",
 }
+CPU_KERNELS = ("linear_scan", "rg_lru", "causal_conv1d", "rms_norm", "geglu", "rope")  # in ops/cpu/csrc
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +30,17 @@ class Serving:
 
 
 def serving(device: str) -> list[Serving]:
-    """List the kernel of every op on a device, as PyTorch's dispatcher has them.
+    """List what computes every op on a device, for fp32 and bf16 (fp64 always takes the definition).
 
     Args:
         device: as PyTorch names it: "cpu", "cuda", "cuda:1".
     """
-    kind = device.partition(":")[0].upper()
+    kind = device.partition(":")[0]
+    available, reason = library.status() if kind == "cpu" else (False, f"there are no kernels for {kind} yet")
     rows = []
     for op, definition in DEFINITIONS.items():
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"griffin::{op}", kind):
-            rows.append(Serving(op, f"ours for {kind}", f"registered with the dispatcher as griffin::{op}"))
+        if op not in CPU_KERNELS and kind == "cpu":
+            rows.append(Serving(op, definition, "the definition is what there is for it"))
         else:
-            rows.append(Serving(op, definition, f"no kernel of ours for {kind}: the definition runs"))
-    return rows + [Serving(op, kernel, "made of PyTorch's own operations") for op, kernel in COMPOSED.items()]
+            rows.append(Serving(op, "ours" if available else definition, reason))
+    return rows

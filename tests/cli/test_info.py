@@ -10,7 +10,8 @@ import griffin
 from griffin import PRESETS, Griffin
 from griffin.cli.main import run
 from griffin.infer.describe import describe
-from griffin.ops.kernels import serving
+from griffin.ops.cpu import library
+from griffin.ops.kernels import CPU_KERNELS, DEFINITIONS, serving
 
 
 @pytest.mark.parametrize("name", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
@@ -31,7 +32,7 @@ def test_the_largest_preset_needs_no_memory(capsys: pytest.CaptureFixture[str]) 
     assert run(["info", "griffin-14b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_parameters"] == PRESETS["griffin-14b"].num_parameters()
-    assert len(found["kernels"]) == 8
+    assert len(found["kernels"]) == len(DEFINITIONS)
 
 
 def test_a_folder_goes_before_a_preset(
@@ -48,13 +49,11 @@ def test_a_folder_goes_before_a_preset(
     assert describe("half").dtype == torch.bfloat16
 
 
-def test_a_registered_kernel_is_shown() -> None:
-    # CUDA stands for a device that has a kernel; nothing is run on it.
-    assert all("no kernel of ours" in row.reason for row in serving("cuda") if row.op == "ring_attention")
-    library = torch.library.Library("griffin", "IMPL")
-    library.impl("ring_attention", lambda q, k, v, positions: q, "CUDA")
-    rows = {row.op: row.kernel for row in serving("cuda:1")}
-    library._destroy()
-    assert rows["ring_attention"] == "ours for CUDA"
-    assert rows["rope"] == "PyTorch, elementwise"
-    assert "ours for CPU" not in {row.kernel for row in serving("cpu")}
+def test_the_kernels_that_serve_are_shown() -> None:
+    ours = {row.op for row in serving("cpu") if row.kernel == "ours"}
+    assert ours == (set(CPU_KERNELS) if library.status()[0] else set())
+    with library.without_kernels():
+        rows = {row.op: row for row in serving("cpu")}
+    assert rows["rg_lru"].kernel == "PyTorch, a loop over time"
+    assert rows["rg_lru"].reason == "turned off by without_kernels()"
+    assert all(row.kernel != "ours" and "no kernels for cuda" in row.reason for row in serving("cuda:1"))
