@@ -29,10 +29,10 @@ INLINE Reduced reduce(Vec x) {
   return {(Vec)(exponent << 23), fma(r * r, q, r)};
 }
 
-// e^x. Zero below x = -87.7, infinite above 88.4.
+// e^x. Zero below x = -87.7, infinite above 88.4 (a sum of power and power * expm1_r would be inf - inf there).
 INLINE Vec exp(Vec x) {
   const Reduced e = reduce(x);
-  return fma(e.power, e.expm1_r, e.power);
+  return e.power * (splat(1.0f) + e.expm1_r);
 }
 
 // a = e^x and 1 - a, which does not cancel as x -> 0. For x <= 0; a = 1 and 1 - a = 0 exactly at x = 0.
