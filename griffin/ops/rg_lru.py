@@ -129,14 +129,14 @@ def _rg_lru_backward(
         )
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
-    r, a, squared, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
+    r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
     ix = i * x_
     g = reverse_scan(a, dy.to(dtype), dh_last)
     gx = g * scale
     dx = gx * i
     d_input_gate = gx * ix * (1 - i)
     dlog_a = g * a * _earlier_states(a, scale * ix, chunk_states)
-    through_scale = g * ix * squared / (4 * (1 - squared)).clamp_min_(max_sqrt_gradient**-2).sqrt_()
+    through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(max_sqrt_gradient**-2).sqrt_()
     if reset is not None and unscaled_first_token:
         through_scale.masked_fill_(reset[..., None], 0.0)
     dlog_a.sub_(through_scale, alpha=2)
@@ -182,18 +182,17 @@ def _decay(
     unscaled_first_token: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give r, a, a^2 (before resets) and the factor of the input, each (B, T, R) in `dtype`."""
+    """Give r, a, v = 1 - a^2 (before resets) and the factor of the input, each (B, T, R) in `dtype`."""
     r = torch.sigmoid(recurrent_gate.to(dtype))
     log_a = r * (-C * F.softplus(recurrent_param.to(dtype)))
     a = log_a.exp()
-    one_minus_squared = torch.expm1(log_a.mul_(2)).neg_()  # 1 - a^2 without cancellation as a -> 1
-    squared = 1 - one_minus_squared
-    scale = one_minus_squared.sqrt_()
+    v = torch.expm1(log_a.mul_(2)).neg_()  # 1 - a^2 without cancellation as a -> 1
+    scale = v.sqrt()
     if reset is not None:
         a.masked_fill_(reset[..., None], 0.0)
         if unscaled_first_token:
             scale.masked_fill_(reset[..., None], 1.0)
-    return r, a, squared, scale
+    return r, a, v, scale
 
 
 def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor) -> Tensor:
