@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from griffin.ops.cpu.library import Kernel, empty_like, fp32
@@ -10,17 +11,19 @@ CHUNK = 64  # tokens between two kept states, as in griffin/ops/scan.py and csrc
 MAX_TAPS = 8  # of the convolution
 _SPAN = 64  # tokens of one task of the convolution, as in csrc/causal_conv1d.cpp
 
-_linear_scan_forward = Kernel("linear_scan_forward", "ppp pp iii")
-_linear_scan_backward = Kernel("linear_scan_backward", "pp ppp p ppp iii")
-_rg_lru_forward = Kernel("rg_lru_forward", "ppp p p p ppp iii i")
-_rg_lru_backward = Kernel("rg_lru_backward", "pp ppp p p p ppp ppp iii fi")
+_linear_scan_forward = Kernel("linear_scan_forward", "ppp pp iii i")
+_linear_scan_backward = Kernel("linear_scan_backward", "pp ppp p ppp iii i")
+_rg_lru_forward = Kernel("rg_lru_forward", "ppp p p p ppp iii ii")
+_rg_lru_backward = Kernel("rg_lru_backward", "pp ppp p p p ppp ppp iii fii")
 _causal_conv1d_forward = Kernel("causal_conv1d_forward", "p pp pp pp iiii")
 _causal_conv1d_backward = Kernel("causal_conv1d_backward", "pp p p pp p p ppp iiii")
 
 
 def linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     y, h_last = empty_like(x), empty_like(h0)
-    _linear_scan_forward(x.dtype, x.contiguous(), a.contiguous(), h0.contiguous(), y, h_last, *x.shape)
+    _linear_scan_forward(
+        x.dtype, x.contiguous(), a.contiguous(), h0.contiguous(), y, h_last, *x.shape, torch.get_num_threads()
+    )
     return y, h_last
 
 
@@ -29,7 +32,9 @@ def linear_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, da, dh0 = empty_like(x), empty_like(a), empty_like(h0)
     inputs = (dy.contiguous(), dh_last.contiguous(), x.contiguous(), a.contiguous(), h0.contiguous())
-    _linear_scan_backward(x.dtype, *inputs, _chunk_states(h0, x.shape[1]), dx, da, dh0, *x.shape)
+    _linear_scan_backward(
+        x.dtype, *inputs, _chunk_states(h0, x.shape[1]), dx, da, dh0, *x.shape, torch.get_num_threads()
+    )
     return dx, da, dh0
 
 
@@ -46,7 +51,18 @@ def rg_lru(
     y, h_last, chunk_states = empty_like(x), empty_like(h0), _chunk_states(h0, T)
     inputs = (x.contiguous(), input_gate.contiguous(), recurrent_gate.contiguous(), fp32(recurrent_param))
     outputs = (y, h_last, chunk_states)
-    _rg_lru_forward(x.dtype, *inputs, h0.contiguous(), _bytes(reset), *outputs, B, T, R, unscaled_first_token)
+    _rg_lru_forward(
+        x.dtype,
+        *inputs,
+        h0.contiguous(),
+        _bytes(reset),
+        *outputs,
+        B,
+        T,
+        R,
+        unscaled_first_token,
+        torch.get_num_threads(),
+    )
     return outputs
 
 
@@ -80,6 +96,7 @@ def rg_lru_backward(
         *x.shape,
         max_sqrt_gradient,
         unscaled_first_token,
+        torch.get_num_threads(),
     )
     return dx, d_input_gate, d_recurrent_gate, dp.to(recurrent_param.dtype), dh0
 

@@ -4,7 +4,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-EXPORT int32_t griffin_abi_version() { return 1; }
+EXPORT int32_t griffin_abi_version() { return 2; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
 EXPORT const char* griffin_instructions() {

@@ -1,7 +1,8 @@
 // y_t = bias + sum over s < N of weight[N-1-s] x_{t-s}, not across resets; contract in griffin/ops/conv.py.
 //
-// x, y (B, T, R) and state, last (B, N-1, R) of type T, weight (R, N) and bias (R) fp32, reset (B, T) bytes or null, all
-// contiguous; 1 <= N <= 8. The input j < 0 is state[N-1+j]. Token t uses x_{t-s} if no token of (t-s, t] is a reset.
+// x, y (B, T, R) and state, last (B, N-1, R) of type T, weight (R, N) and bias (R) fp32, reset (B, T) bytes or null,
+// all contiguous; 1 <= N <= 8. The input j < 0 is state[N-1+j]. Token t uses x_{t-s} if no
+// token of (t-s, t] is a reset.
 //
 // A task is one row, SPAN tokens and BLOCK channels.
 #include "kernel.h"
@@ -99,8 +100,7 @@ void backward(ParallelFor pool, const T* dy, const T* dlast, const T* x, const f
     // The first task of a row also has the inputs that came in `state`.
     for (int64_t j = begin == 0 ? 1 - N : begin; j < smaller(begin + SPAN, time); ++j) {
       int64_t reach = 0;  // y_{j+s} uses input j for s <= reach, where j + s is a token
-      while (reach < N - 1 && j + reach + 1 < time && !(starts != nullptr && j + reach + 1 >= 0 && starts[j + reach + 1]))
-        ++reach;
+      for (int64_t t = j + 1; reach < N - 1 && t < time && !(starts != nullptr && t >= 0 && starts[t]); ++t) ++reach;
       const bool kept = reach < N - 1 && j + reach + 1 == time;
       const int64_t from = larger(0, -j);
       const T* in = inputs.row(b, j) + first;
@@ -147,17 +147,17 @@ void backward(ParallelFor pool, const T* dy, const T* dlast, const T* x, const f
 
 }  // namespace
 
-#define CAUSAL_CONV1D_KERNELS(T)                                                                                     \
-  KERNEL(causal_conv1d_forward, T)                                                                                   \
-  (ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state, const uint8_t* reset, T* y, \
-   T* last, int64_t B, int64_t time, int64_t R, int64_t N) {                                                         \
-    forward<T>(pool, x, weight, bias, state, reset, y, last, B, time, R, N);                                         \
-  }                                                                                                                  \
-  KERNEL(causal_conv1d_backward, T)                                                                                  \
-  (ParallelFor pool, const T* dy, const T* dlast, const T* x, const float* weight, const T* state,                   \
-   const uint8_t* reset, T* dx, float* shares, float* dweight, float* dbias, T* dstate, int64_t B, int64_t time,     \
-   int64_t R, int64_t N) {                                                                                           \
-    backward<T>(pool, dy, dlast, x, weight, state, reset, dx, shares, dweight, dbias, dstate, B, time, R, N);        \
+#define CAUSAL_CONV1D_KERNELS(T)                                                                                      \
+  KERNEL(causal_conv1d_forward, T)                                                                                    \
+  (ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state, const uint8_t* reset, T* y,  \
+   T* last, int64_t B, int64_t time, int64_t R, int64_t N) {                                                          \
+    forward<T>(pool, x, weight, bias, state, reset, y, last, B, time, R, N);                                          \
+  }                                                                                                                   \
+  KERNEL(causal_conv1d_backward, T)                                                                                   \
+  (ParallelFor pool, const T* dy, const T* dlast, const T* x, const float* weight, const T* state,                    \
+   const uint8_t* reset, T* dx, float* shares, float* dweight, float* dbias, T* dstate, int64_t B, int64_t time,      \
+   int64_t R, int64_t N) {                                                                                            \
+    backward<T>(pool, dy, dlast, x, weight, state, reset, dx, shares, dweight, dbias, dstate, B, time, R, N);         \
   }
 
 CAUSAL_CONV1D_KERNELS(float)

@@ -34,13 +34,13 @@ void backward(ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgat
 
 }  // namespace
 
-#define GEGLU_KERNELS(T)                                                                                        \
-  KERNEL(geglu_forward, T)(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {                     \
-    forward<T>(pool, gate, up, y, n);                                                                           \
-  }                                                                                                             \
-  KERNEL(geglu_backward, T)                                                                                     \
-  (ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {                    \
-    backward<T>(pool, dy, gate, up, dgate, dup, n);                                                             \
+#define GEGLU_KERNELS(T)                                                                                              \
+  KERNEL(geglu_forward, T)(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {                           \
+    forward<T>(pool, gate, up, y, n);                                                                                 \
+  }                                                                                                                   \
+  KERNEL(geglu_backward, T)                                                                                           \
+  (ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {                          \
+    backward<T>(pool, dy, gate, up, dgate, dup, n);                                                                   \
   }
 
 GEGLU_KERNELS(float)

@@ -17,7 +17,7 @@
 
 #define GRIFFIN_JOIN_(name, type, isa) griffin_##name##_##type##_##isa
 #define GRIFFIN_JOIN(name, type, isa) GRIFFIN_JOIN_(name, type, isa)
-#define KERNEL(name, type) \
+#define KERNEL(name, type)                                                                                            \
   extern "C" __attribute__((visibility("default"))) void GRIFFIN_JOIN(name, type, GRIFFIN_ISA)
 
 // torch_parallel_for of libtorch_cpu, or null to run on the calling thread. Calls f on pieces of [begin, end), each at
@@ -35,6 +35,14 @@ constexpr int64_t GRAIN_ELEMENTS = 8192;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
+
+// Channels of one task of a kernel that runs over time: as many as `widest`, since long pieces of a row are what memory
+// streams best, but two tasks per thread if 64 channels or more allow it. Channels do not mix: no result depends on it.
+inline int64_t channels_per_task(int64_t rows, int64_t R, int64_t threads, int64_t widest) {
+  int64_t channels = widest;
+  while (threads > 1 && channels > 64 && rows * pieces(R, channels) < 2 * threads) channels /= 2;
+  return channels;
+}
 
 // Run task(i) for i in [0, tasks), each of about `elements` elements. What a task computes must not depend on which
 // thread runs it or on how many there are: so results are the same for any number of threads.

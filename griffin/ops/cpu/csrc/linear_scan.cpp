@@ -1,21 +1,21 @@
 // h_t = a_t h_{t-1} + x_t, forward and backward; contract in griffin/ops/scan.py.
 //
 // x, a, y (B, T, R) of type T; h0, h_last (B, R) fp32; states (B, ceil(T / 64), R) fp32; all contiguous.
-// A task is one row and BLOCK channels: time runs inside it, vectors lie across channels, the state stays in L1.
+// A task is one row and up to BLOCK channels: time runs inside it, vectors lie across channels, the state stays in L1.
 #include "kernel.h"
 #include "vec.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 64;
-constexpr int64_t BLOCK = 64;
+constexpr int64_t BLOCK = 256;  // channels of a task, at most
 
 template <class T>
 void forward(ParallelFor pool, const T* x, const T* a, const float* h0, T* y, float* h_last, int64_t B, int64_t time,
-             int64_t R) {
-  const int64_t blocks = pieces(R, BLOCK);
-  parallel(pool, B * blocks, time * BLOCK, [&](int64_t task) {
-    const int64_t b = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
+             int64_t R, int64_t threads) {
+  const int64_t block = channels_per_task(B, R, threads, BLOCK), blocks = pieces(R, block);
+  parallel(pool, B * blocks, time * block, [&](int64_t task) {
+    const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
     float h[BLOCK];
     std::memcpy(h, h0 + b * R + first, n * sizeof(float));
     for (int64_t t = 0; t < time; ++t) {
@@ -36,10 +36,11 @@ void forward(ParallelFor pool, const T* x, const T* a, const float* h0, T* y, fl
 // first, the states of each recomputed: memory for states is T / 64 of them and one chunk.
 template <class T>
 void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* a, const float* h0,
-              float* states, T* dx, T* da, float* dh0, int64_t B, int64_t time, int64_t R) {
-  const int64_t blocks = pieces(R, BLOCK), chunks = pieces(time, CHUNK);
-  parallel(pool, B * blocks, 2 * time * BLOCK, [&](int64_t task) {
-    const int64_t b = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
+              float* states, T* dx, T* da, float* dh0, int64_t B, int64_t time, int64_t R, int64_t threads) {
+  const int64_t block = channels_per_task(B, R, threads, BLOCK), blocks = pieces(R, block);
+  const int64_t chunks = pieces(time, CHUNK);
+  parallel(pool, B * blocks, 2 * time * block, [&](int64_t task) {
+    const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
     float h[BLOCK], flow[BLOCK], before[CHUNK][BLOCK];  // flow = a_{t+1} g_{t+1}
     const auto step = [&](int64_t t) {
       const int64_t at = (b * time + t) * R + first;
@@ -78,16 +79,16 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
 
 }  // namespace
 
-#define LINEAR_SCAN_KERNELS(T)                                                                                       \
-  KERNEL(linear_scan_forward, T)                                                                                     \
-  (ParallelFor pool, const T* x, const T* a, const float* h0, T* y, float* h_last, int64_t B, int64_t time,          \
-   int64_t R) {                                                                                                      \
-    forward<T>(pool, x, a, h0, y, h_last, B, time, R);                                                               \
-  }                                                                                                                  \
-  KERNEL(linear_scan_backward, T)                                                                                    \
-  (ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* a, const float* h0, float* states,      \
-   T* dx, T* da, float* dh0, int64_t B, int64_t time, int64_t R) {                                                   \
-    backward<T>(pool, dy, dh_last, x, a, h0, states, dx, da, dh0, B, time, R);                                       \
+#define LINEAR_SCAN_KERNELS(T)                                                                                        \
+  KERNEL(linear_scan_forward, T)                                                                                      \
+  (ParallelFor pool, const T* x, const T* a, const float* h0, T* y, float* h_last, int64_t B, int64_t time,           \
+   int64_t R, int64_t threads) {                                                                                      \
+    forward<T>(pool, x, a, h0, y, h_last, B, time, R, threads);                                                       \
+  }                                                                                                                   \
+  KERNEL(linear_scan_backward, T)                                                                                     \
+  (ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* a, const float* h0, float* states,       \
+   T* dx, T* da, float* dh0, int64_t B, int64_t time, int64_t R, int64_t threads) {                                   \
+    backward<T>(pool, dy, dh_last, x, a, h0, states, dx, da, dh0, B, time, R, threads);                               \
   }
 
 LINEAR_SCAN_KERNELS(float)

@@ -6,14 +6,14 @@
 // All tensors are contiguous: x, gates, y (B, T, R); p (R); h0, h_last (B, R) fp32; chunk_states (B, ceil(T / 64), R)
 // fp32; reset (B, T) bytes or null. T is the type of x and what has its shape: float or bf16.
 //
-// A task is one row and BLOCK channels: time runs inside it, vectors lie across channels, the state stays in L1.
+// A task is one row and up to BLOCK channels: time runs inside it, vectors lie across channels, the state stays in L1.
 #include "functions.h"
 #include "kernel.h"
 
 namespace {
 
 constexpr int64_t CHUNK = 64;  // tokens between two kept states; CHUNK of griffin/ops/scan.py
-constexpr int64_t BLOCK = 64;  // channels of a task: what the backward pass keeps of a chunk (80 KB) stays in L2
+constexpr int64_t BLOCK = 256;  // channels of a task, at most: what the backward pass keeps of a chunk is 330 KB then
 constexpr float C = 8.0f;
 
 struct Gates {
@@ -33,16 +33,18 @@ INLINE void rates(const float* p, int64_t n, float* rate) {
 }
 
 struct Shape {
-  int64_t B, T, R;
+  int64_t B, T, R, threads;
+
+  int64_t channels() const { return channels_per_task(B, R, threads, BLOCK); }
 };
 
 template <class T>
 void forward(ParallelFor pool, const T* x, const T* input_gate, const T* recurrent_gate, const float* p,
              const float* h0, const uint8_t* reset, T* y, float* h_last, float* chunk_states, Shape shape,
              bool unscaled) {
-  const int64_t blocks = pieces(shape.R, BLOCK), chunks = pieces(shape.T, CHUNK), R = shape.R;
-  parallel(pool, shape.B * blocks, shape.T * BLOCK, [&](int64_t task) {
-    const int64_t b = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
+  const int64_t block = shape.channels(), blocks = pieces(shape.R, block), chunks = pieces(shape.T, CHUNK), R = shape.R;
+  parallel(pool, shape.B * blocks, shape.T * block, [&](int64_t task) {
+    const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
     float rate[BLOCK], h[BLOCK];
     rates(p + first, n, rate);
     for (int64_t c = 0; c < n; c += LANES) store(h + c, load(h0 + b * R + first + c, smaller(LANES, n - c)));
@@ -79,10 +81,10 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
               const T* recurrent_gate, const float* p, const float* chunk_states, const uint8_t* reset, T* dx,
               T* d_input_gate, T* d_recurrent_gate, float* dp_rows, float* dp, float* dh0, Shape shape, float bound,
               bool unscaled) {
-  const int64_t blocks = pieces(shape.R, BLOCK), chunks = pieces(shape.T, CHUNK), R = shape.R;
+  const int64_t block = shape.channels(), blocks = pieces(shape.R, block), chunks = pieces(shape.T, CHUNK), R = shape.R;
   const Vec one = splat(1.0f), least = splat(1.0f / bound);
-  parallel(pool, shape.B * blocks, 2 * shape.T * BLOCK, [&](int64_t task) {
-    const int64_t b = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
+  parallel(pool, shape.B * blocks, 2 * shape.T * block, [&](int64_t task) {
+    const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
     float rate[BLOCK], h[BLOCK], flow[BLOCK], total[BLOCK] = {}, part[BLOCK];  // flow = a_{t+1} g_{t+1}
     Kept kept;
     rates(p + first, n, rate);
@@ -145,15 +147,17 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
   KERNEL(rg_lru_forward, T)                                                                                           \
   (ParallelFor pool, const T* x, const T* input_gate, const T* recurrent_gate, const float* p, const float* h0,       \
    const uint8_t* reset, T* y, float* h_last, float* chunk_states, int64_t B, int64_t time, int64_t R,                \
-   int64_t unscaled) {                                                                                                \
-    forward<T>(pool, x, input_gate, recurrent_gate, p, h0, reset, y, h_last, chunk_states, {B, time, R}, unscaled);   \
+   int64_t unscaled, int64_t threads) {                                                                               \
+    forward<T>(pool, x, input_gate, recurrent_gate, p, h0, reset, y, h_last, chunk_states,                            \
+               {B, time, R, threads}, unscaled);                                                                      \
   }                                                                                                                   \
   KERNEL(rg_lru_backward, T)                                                                                          \
   (ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* input_gate, const T* recurrent_gate,     \
    const float* p, const float* chunk_states, const uint8_t* reset, T* dx, T* d_input_gate, T* d_recurrent_gate,      \
-   float* dp_rows, float* dp, float* dh0, int64_t B, int64_t time, int64_t R, float bound, int64_t unscaled) {        \
+   float* dp_rows, float* dp, float* dh0, int64_t B, int64_t time, int64_t R, float bound, int64_t unscaled,          \
+   int64_t threads) {                                                                                                 \
     backward<T>(pool, dy, dh_last, x, input_gate, recurrent_gate, p, chunk_states, reset, dx, d_input_gate,           \
-                d_recurrent_gate, dp_rows, dp, dh0, {B, time, R}, bound, unscaled);                                   \
+                d_recurrent_gate, dp_rows, dp, dh0, {B, time, R, threads}, bound, unscaled);                          \
   }
 
 RG_LRU_KERNELS(float)

@@ -30,11 +30,11 @@ void turn(ParallelFor pool, const T* x, const float* cos, const float* sin, T* y
 
 }  // namespace
 
-#define ROPE_KERNELS(T)                                                                                          \
-  KERNEL(rope, T)                                                                                                \
-  (ParallelFor pool, const T* x, const float* cos, const float* sin, T* y, int64_t N, int64_t H, int64_t K,      \
-   int64_t n, int64_t inverse) {                                                                                 \
-    turn<T>(pool, x, cos, sin, y, N, H, K, n, inverse);                                                          \
+#define ROPE_KERNELS(T)                                                                                               \
+  KERNEL(rope, T)                                                                                                     \
+  (ParallelFor pool, const T* x, const float* cos, const float* sin, T* y, int64_t N, int64_t H, int64_t K,           \
+   int64_t n, int64_t inverse) {                                                                                      \
+    turn<T>(pool, x, cos, sin, y, N, H, K, n, inverse);                                                               \
   }
 
 ROPE_KERNELS(float)
