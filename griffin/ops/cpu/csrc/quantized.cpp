@@ -1,0 +1,195 @@
+// y = x W^T + b for up to 16 rows of x, W in whole numbers, and W widened to fp32 for more rows.
+//
+//     int8:  w[o, k] = scale[o] q[o, k],               q in -127 .. 127, one byte each: (O, K)
+//     int4:  w[o, k] = scale[o, k / G] (q[o, k] - 8),  q in 0 .. 15, G = 32, 64 or 128 inputs to a scale
+//
+// int4 lies in blocks of 64 inputs, 32 bytes: the j-th 16-bit word (little-endian) holds inputs j, 16 + j, 32 + j and
+// 48 + j of the block, lowest bits first, so that a mask and a shift give 16 neighbours. K is padded to whole blocks
+// and groups: q is (O, padded / 2), scale (O, padded / G) bf16.
+//
+// x becomes 16-bit whole numbers (integers.h): products and sums within a block of 128 inputs (int8) or a group (int4)
+// are then exact in 32 bits, 16 to an instruction where fp32 has 8 after a conversion.
+#include "integers.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 128;   // inputs to a scale of x, for int8
+constexpr int64_t PACKED = 64;   // inputs in 32 bytes of int4
+
+// total += scale * part for every pair of rows, and part starts again.
+template <int M, int N>
+INLINE void add_scaled(Vec (&total)[M][N], Int (&part)[M][N], const float* w_scales, const float* x_scales,
+                       int64_t blocks) {
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      const Vec number = __builtin_convertvector(part[m][n], Vec);
+      total[m][n] = fma(number, splat(w_scales[m] * x_scales[n * blocks]), total[m][n]);
+      part[m][n] = Int{};
+    }
+}
+
+template <int M, int N>
+INLINE void dots_int8(const int8_t* w, int64_t K, const Whole& x, int64_t first, int64_t ahead, Vec (&total)[M][N]) {
+  const int16_t* numbers = x.numbers + first * x.padded;
+  const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  Int part[M][N] = {};
+  for (int64_t begin = 0; begin < K; begin += BLOCK) {
+    const int64_t end = smaller(K, begin + BLOCK);
+    int64_t k = begin;
+    for (int m = 0; m < M; ++m) {
+      __builtin_prefetch(w + m * K + k + ahead);
+      __builtin_prefetch(w + m * K + k + ahead + 64);
+    }
+    for (; k + SHORTS <= end; k += SHORTS) {
+      Short v[N];
+      for (int n = 0; n < N; ++n) v[n] = load_shorts(numbers + n * x.padded + k);
+      for (int m = 0; m < M; ++m) {
+        const Short weights = load_bytes(w + m * K + k);
+        for (int n = 0; n < N; ++n) part[m][n] += multiply_pairs(weights, v[n]);
+      }
+    }
+    if (k < end) {
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) {
+          const Short weights = load_bytes(w + m * K + k, end - k);
+          part[m][n] += multiply_pairs(weights, load_shorts(numbers + n * x.padded + k));
+        }
+    }
+    add_scaled(total, part, ones, x.scales + first * x.blocks() + begin / BLOCK, x.blocks());
+  }
+}
+
+template <class X>
+void linear_int8(ParallelFor pool, const X* x, const int8_t* w, const float* scale, Bias bias, X* y, void* memory,
+                 int64_t N, int64_t K, int64_t O) {
+  const Whole whole = whole_in(memory, N, pieces(K, BLOCK) * BLOCK, BLOCK);
+  make_whole(x, N, K, whole);
+  const int64_t ahead = prefetch_distance(K);
+  for_row_tiles(pool, O, N, K, [&](auto m_count, auto n_count, int64_t o, int64_t n) {
+    constexpr int M = decltype(m_count)::value, NB = decltype(n_count)::value;
+    Vec total[M][NB] = {};
+    dots_int8<M, NB>(w + o * K, K, whole, n, ahead, total);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < NB; ++j) put(y + (n + j) * O + o + m, sum(total[m][j]) * scale[o + m] + bias.at(o + m));
+  });
+}
+
+INLINE UShort load_packed(const uint8_t* p) {
+  UShort v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Inputs 16 part .. 16 part + 15 of a block.
+template <int PART>
+INLINE Short nibbles(UShort packed) {
+  return (Short)(PART == 3 ? packed >> 12 : (packed >> (4 * PART)) & 15);
+}
+
+template <int G, int M, int N>
+INLINE void dots_int4(const uint8_t* w, const bf16* w_scales, const Whole& x, int64_t first, int64_t ahead,
+                      Vec (&total)[M][N]) {
+  const int64_t blocks = x.blocks(), row = x.padded / 2;
+  const int16_t* numbers = x.numbers + first * x.padded;
+  const int32_t* offsets = x.offsets + first * blocks * LANES;
+  const float* x_scales = x.scales + first * blocks;
+  Int part[M][N] = {};
+  const auto finish = [&](int64_t g) {
+    float scales[M];
+    for (int m = 0; m < M; ++m) {
+      scales[m] = load(w_scales + m * blocks + g, 1)[0];
+      for (int n = 0; n < N; ++n) part[m][n] += load_ints(offsets + (n * blocks + g) * LANES);  // q - 8, not q
+    }
+    add_scaled(total, part, scales, x_scales + g, blocks);
+  };
+  for (int64_t k = 0; k < x.padded; k += PACKED) {
+    const int64_t g = k / G;
+    UShort packed[M];
+    for (int m = 0; m < M; ++m) {
+      packed[m] = load_packed(w + m * row + k / 2);
+      __builtin_prefetch(w + m * row + k / 2 + ahead);
+    }
+    const auto add = [&](auto part_index) {
+      constexpr int PART = decltype(part_index)::value;
+      Short v[N];
+      for (int n = 0; n < N; ++n) v[n] = load_shorts(numbers + n * x.padded + k + PART * SHORTS);
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) part[m][n] += multiply_pairs(nibbles<PART>(packed[m]), v[n]);
+    };
+    add(Count<0>());
+    add(Count<1>());
+    if (G == 32) finish(g);
+    add(Count<2>());
+    add(Count<3>());
+    if (G == 32) {
+      finish(g + 1);
+    } else if ((k + PACKED) % G == 0) {
+      finish(g);
+    }
+  }
+}
+
+template <int G, class X>
+void linear_int4(ParallelFor pool, const X* x, const uint8_t* w, const bf16* scale, Bias bias, X* y, void* memory,
+                 int64_t N, int64_t K, int64_t O) {
+  constexpr int64_t UNIT = G > PACKED ? G : PACKED;
+  const Whole whole = whole_in(memory, N, pieces(K, UNIT) * UNIT, G);
+  make_whole(x, N, K, whole);
+  const int64_t row = whole.padded / 2, ahead = prefetch_distance(row);
+  for_row_tiles(pool, O, N, K, [&](auto m_count, auto n_count, int64_t o, int64_t n) {
+    constexpr int M = decltype(m_count)::value, NB = decltype(n_count)::value;
+    Vec total[M][NB] = {};
+    dots_int4<G, M, NB>(w + o * row, scale + o * whole.blocks(), whole, n, ahead, total);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < NB; ++j) put(y + (n + j) * O + o + m, sum(total[m][j]) + bias.at(o + m));
+  });
+}
+
+template <class X>
+void linear_int4(int64_t group, ParallelFor pool, const X* x, const uint8_t* w, const bf16* scale, Bias bias, X* y,
+                 void* memory, int64_t N, int64_t K, int64_t O) {
+  if (group == 32) linear_int4<32>(pool, x, w, scale, bias, y, memory, N, K, O);
+  if (group == 64) linear_int4<64>(pool, x, w, scale, bias, y, memory, N, K, O);
+  if (group == 128) linear_int4<128>(pool, x, w, scale, bias, y, memory, N, K, O);
+}
+
+}  // namespace
+
+#define QUANTIZED_KERNELS(X)                                                                                           \
+  KERNEL(linear_int8, X)                                                                                               \
+  (ParallelFor pool, const X* x, const int8_t* w, const float* scale, const void* bias, int64_t bias_is_bf16, X* y,   \
+   void* memory, int64_t N, int64_t K, int64_t O) {                                                                    \
+    linear_int8(pool, x, w, scale, {bias, bias_is_bf16 != 0}, y, memory, N, K, O);                                     \
+  }                                                                                                                    \
+  KERNEL(linear_int4, X)                                                                                               \
+  (ParallelFor pool, const X* x, const uint8_t* w, const bf16* scale, const void* bias, int64_t bias_is_bf16, X* y,   \
+   void* memory, int64_t N, int64_t K, int64_t O, int64_t group) {                                                     \
+    linear_int4(group, pool, x, w, scale, {bias, bias_is_bf16 != 0}, y, memory, N, K, O);                              \
+  }
+
+QUANTIZED_KERNELS(float)
+QUANTIZED_KERNELS(bf16)
+
+// to[o, k] = w[o, k] in fp32, for O rows.
+KERNEL(widen_int8, float)
+(ParallelFor pool, const int8_t* w, const float* scale, float* to, int64_t O, int64_t K) {
+  parallel(pool, O, K, [&](int64_t o) {
+    for (int64_t k = 0; k < K; ++k) to[o * K + k] = scale[o] * w[o * K + k];
+  });
+}
+KERNEL(widen_int4, float)
+(ParallelFor pool, const uint8_t* w, const bf16* scale, float* to, int64_t O, int64_t K, int64_t padded,
+ int64_t group) {
+  parallel(pool, O, K, [&](int64_t o) {
+    for (int64_t k = 0; k < K; k += SHORTS) {
+      const int64_t in_block = k % PACKED, base = o * padded / 2 + (k - in_block) / 2;
+      UShort numbers = load_packed(w + base);
+      for (int64_t j = 0; j < in_block; j += SHORTS) numbers >>= 4;
+      numbers = (numbers & 15) - 8;
+      const float s = load(scale + o * (padded / group) + k / group, 1)[0];
+      const int64_t count = smaller(SHORTS, K - k);
+      for (int64_t j = 0; j < count; ++j) to[o * K + k + j] = s * static_cast<int16_t>(numbers[j]);
+    }
+  });
+}

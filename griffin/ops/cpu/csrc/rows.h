@@ -1,0 +1,50 @@
+// What the linears share: tiles of rows of W against rows of x, and where their sums go.
+#pragma once
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t ROWS = 16;  // rows of W of a task
+
+template <int VALUE>
+struct Count {
+  static constexpr int value = VALUE;
+};
+
+struct Bias {
+  const void* values;  // fp32 or bf16, or null
+  bool is_bf16;
+
+  float at(int64_t o) const {
+    if (values == nullptr) return 0.0f;
+    if (!is_bf16) return static_cast<const float*>(values)[o];
+    return load(static_cast<const bf16*>(values) + o, 1)[0];
+  }
+};
+
+INLINE void put(float* y, float value) { *y = value; }
+INLINE void put(bf16* y, float value) { store(y, splat(value), 1); }
+
+// How far ahead of the bytes being used to ask for more: the next tile where rows are short, else within the row.
+inline int64_t prefetch_distance(int64_t row_bytes) { return row_bytes <= 4096 ? 4 * row_bytes : 1024; }
+
+// Call tile(Count<M>, Count<N>, o, n) so that rows o .. o+M-1 of W meet rows n .. n+N-1 of x, every pair once.
+template <class Tile>
+void for_row_tiles(ParallelFor pool, int64_t O, int64_t N, int64_t K, const Tile& tile) {
+  parallel(pool, pieces(O, ROWS), ROWS * K, [&](int64_t task) {
+    const int64_t end = smaller(O, (task + 1) * ROWS);
+    int64_t o = task * ROWS;
+    const auto with_rows = [&](auto m_count) {
+      int64_t n = 0;
+      for (; n + 3 <= N; n += 3) tile(m_count, Count<3>(), o, n);
+      if (N - n == 2) tile(m_count, Count<2>(), o, n);
+      if (N - n == 1) tile(m_count, Count<1>(), o, n);
+    };
+    for (; o + 4 <= end; o += 4) with_rows(Count<4>());
+    for (; o < end; ++o) with_rows(Count<1>());
+  });
+}
+
+}  // namespace
