@@ -17,24 +17,15 @@ namespace {
 constexpr int64_t BLOCK = 128;   // inputs to a scale of x, for int8
 constexpr int64_t PACKED = 64;   // inputs in 32 bytes of int4
 
-// total += scale * part for every pair of rows, and part starts again.
-template <int M, int N>
-INLINE void add_scaled(Vec (&total)[M][N], Int (&part)[M][N], const float* w_scales, const float* x_scales,
-                       int64_t blocks) {
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) {
-      const Vec number = __builtin_convertvector(part[m][n], Vec);
-      total[m][n] = fma(number, splat(w_scales[m] * x_scales[n * blocks]), total[m][n]);
-      part[m][n] = Int{};
-    }
+INLINE void add_scaled(Vec& total, Int part, float scale) {
+  total = fma(__builtin_convertvector(part, Vec), splat(scale), total);
 }
 
 template <int M, int N>
 INLINE void dots_int8(const int8_t* w, int64_t K, const Whole& x, int64_t first, int64_t ahead, Vec (&total)[M][N]) {
   const int16_t* numbers = x.numbers + first * x.padded;
-  const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-  Int part[M][N] = {};
   for (int64_t begin = 0; begin < K; begin += BLOCK) {
+    Int part[M][N] = {};
     const int64_t end = smaller(K, begin + BLOCK);
     int64_t k = begin;
     for (int m = 0; m < M; ++m) {
@@ -56,7 +47,10 @@ INLINE void dots_int8(const int8_t* w, int64_t K, const Whole& x, int64_t first,
           part[m][n] += multiply_pairs(weights, load_shorts(numbers + n * x.padded + k));
         }
     }
-    add_scaled(total, part, ones, x.scales + first * x.blocks() + begin / BLOCK, x.blocks());
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) {
+        add_scaled(total[m][n], part[m][n], x.scales[(first + n) * x.blocks() + begin / BLOCK]);
+      }
   }
 }
 
@@ -87,45 +81,56 @@ INLINE Short nibbles(UShort packed) {
   return (Short)(PART == 3 ? packed >> 12 : (packed >> (4 * PART)) & 15);
 }
 
+// part[n] += inputs 16 FIRST .. 16 LAST - 1 of one block of a row of W, times those of x.
+template <int FIRST, int LAST, int N>
+INLINE void add_block(const uint8_t* w, const int16_t* numbers, int64_t padded, Int (&part)[N]) {
+  const UShort packed = load_packed(w);
+  const auto add = [&](auto index) __attribute__((always_inline)) {
+    constexpr int PART = decltype(index)::value;
+    if (PART < FIRST || PART >= LAST) return;
+    const Short q = nibbles<PART>(packed);
+    for (int n = 0; n < N; ++n) {
+      part[n] += multiply_pairs(q, load_shorts(numbers + n * padded + PART * SHORTS));
+    }
+  };
+  add(Count<0>());
+  add(Count<1>());
+  add(Count<2>());
+  add(Count<3>());
+}
+
+// Row by row within a group: side by side, the sums of four rows do not fit the registers.
 template <int G, int M, int N>
 INLINE void dots_int4(const uint8_t* w, const bf16* w_scales, const Whole& x, int64_t first, int64_t ahead,
                       Vec (&total)[M][N]) {
-  const int64_t blocks = x.blocks(), row = x.padded / 2;
-  const int16_t* numbers = x.numbers + first * x.padded;
+  const int64_t blocks = x.blocks(), padded = x.padded, row = padded / 2;
+  const int16_t* numbers = x.numbers + first * padded;
   const int32_t* offsets = x.offsets + first * blocks * LANES;
   const float* x_scales = x.scales + first * blocks;
-  Int part[M][N] = {};
-  const auto finish = [&](int64_t g) {
-    float scales[M];
+  for (int64_t k = 0; k < padded; k += G < PACKED ? PACKED : G) {
     for (int m = 0; m < M; ++m) {
-      scales[m] = load(w_scales + m * blocks + g, 1)[0];
-      for (int n = 0; n < N; ++n) part[m][n] += load_ints(offsets + (n * blocks + g) * LANES);  // q - 8, not q
-    }
-    add_scaled(total, part, scales, x_scales + g, blocks);
-  };
-  for (int64_t k = 0; k < x.padded; k += PACKED) {
-    const int64_t g = k / G;
-    UShort packed[M];
-    for (int m = 0; m < M; ++m) {
-      packed[m] = load_packed(w + m * row + k / 2);
-      __builtin_prefetch(w + m * row + k / 2 + ahead);
-    }
-    const auto add = [&](auto part_index) {
-      constexpr int PART = decltype(part_index)::value;
-      Short v[N];
-      for (int n = 0; n < N; ++n) v[n] = load_shorts(numbers + n * x.padded + k + PART * SHORTS);
-      for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) part[m][n] += multiply_pairs(nibbles<PART>(packed[m]), v[n]);
-    };
-    add(Count<0>());
-    add(Count<1>());
-    if (G == 32) finish(g);
-    add(Count<2>());
-    add(Count<3>());
-    if (G == 32) {
-      finish(g + 1);
-    } else if ((k + PACKED) % G == 0) {
-      finish(g);
+      const uint8_t* from = w + m * row + k / 2;
+      Int part[N];
+      const auto start = [&](int64_t g) __attribute__((always_inline)) {  // with -8 sum(x): q - 8 instead of q
+        for (int n = 0; n < N; ++n) part[n] = load_ints(offsets + (n * blocks + g) * LANES);
+      };
+      const auto finish = [&](int64_t g) __attribute__((always_inline)) {
+        const float scale = number(w_scales[m * blocks + g]);
+        for (int n = 0; n < N; ++n) add_scaled(total[m][n], part[n], scale * x_scales[n * blocks + g]);
+      };
+      __builtin_prefetch(from + ahead);
+      start(k / G);
+      if (G == 32) {
+        add_block<0, 2>(from, numbers + k, padded, part);
+        finish(k / G);
+        start(k / G + 1);
+        add_block<2, 4>(from, numbers + k, padded, part);
+        finish(k / G + 1);
+      } else {
+        add_block<0, 4>(from, numbers + k, padded, part);
+        if (G == 128) add_block<0, 4>(from + 32, numbers + k + PACKED, padded, part);
+        finish(k / G);
+      }
     }
   }
 }
@@ -139,10 +144,13 @@ void linear_int4(ParallelFor pool, const X* x, const uint8_t* w, const bf16* sca
   const int64_t row = whole.padded / 2, ahead = prefetch_distance(row);
   for_row_tiles(pool, O, N, K, [&](auto m_count, auto n_count, int64_t o, int64_t n) {
     constexpr int M = decltype(m_count)::value, NB = decltype(n_count)::value;
-    Vec total[M][NB] = {};
-    dots_int4<G, M, NB>(w + o * row, scale + o * whole.blocks(), whole, n, ahead, total);
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < NB; ++j) put(y + (n + j) * O + o + m, sum(total[m][j]) + bias.at(o + m));
+    constexpr int STEP = M > 2 && NB > 1 ? 2 : M;  // more sums than that do not fit the registers
+    for (int64_t first = o; first < o + M; first += STEP) {
+      Vec total[STEP][NB] = {};
+      dots_int4<G, STEP, NB>(w + first * row, scale + first * whole.blocks(), whole, n, ahead, total);
+      for (int m = 0; m < STEP; ++m)
+        for (int j = 0; j < NB; ++j) put(y + (n + j) * O + first + m, sum(total[m][j]) + bias.at(first + m));
+    }
   });
 }
 
@@ -187,7 +195,7 @@ KERNEL(widen_int4, float)
       UShort numbers = load_packed(w + base);
       for (int64_t j = 0; j < in_block; j += SHORTS) numbers >>= 4;
       numbers = (numbers & 15) - 8;
-      const float s = load(scale + o * (padded / group) + k / group, 1)[0];
+      const float s = number(scale[o * (padded / group) + k / group]);
       const int64_t count = smaller(SHORTS, K - k);
       for (int64_t j = 0; j < count; ++j) to[o * K + k + j] = s * static_cast<int16_t>(numbers[j]);
     }

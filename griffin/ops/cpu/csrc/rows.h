@@ -13,6 +13,13 @@ struct Count {
   static constexpr int value = VALUE;
 };
 
+INLINE float number(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
 struct Bias {
   const void* values;  // fp32 or bf16, or null
   bool is_bf16;
@@ -20,7 +27,7 @@ struct Bias {
   float at(int64_t o) const {
     if (values == nullptr) return 0.0f;
     if (!is_bf16) return static_cast<const float*>(values)[o];
-    return load(static_cast<const bf16*>(values) + o, 1)[0];
+    return number(static_cast<const bf16*>(values)[o]);
   }
 };
 
