@@ -22,6 +22,7 @@ from griffin.ops import (
     block_diagonal_linear,
     causal_conv1d,
     geglu,
+    linear,
     local_attention,
     output_linear,
     rg_lru,
@@ -50,7 +51,7 @@ class Span:
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with W and b cast to x.dtype: activations set the precision, fp32 weights stay the masters."""
+    """y = x W^T + b, in x.dtype: activations set the precision, fp32 weights stay the masters."""
 
     def __init__(self, in_width: int, out_width: int, *, bias: bool) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -6,7 +6,7 @@ They know no module, config or state.
 from griffin.ops.attention import local_attention, ring_attention
 from griffin.ops.conv import causal_conv1d
 from griffin.ops.gated import geglu
-from griffin.ops.linear import block_diagonal_linear, output_linear
+from griffin.ops.linear import block_diagonal_linear, linear, output_linear
 from griffin.ops.norm import rms_norm
 from griffin.ops.rg_lru import rg_lru
 from griffin.ops.rope import rope, rope_table
@@ -16,6 +16,7 @@ __all__ = [
     "block_diagonal_linear",
     "causal_conv1d",
     "geglu",
+    "linear",
     "linear_scan",
     "local_attention",
     "output_linear",

@@ -1,10 +1,68 @@
-"""Matrix products that are not nn.Linear: block-diagonal ones, and the output matrix with its fp32 logits."""
+"""Matrix products: linear (any weights in floating point), block-diagonal ones, and the output matrix's fp32 logits."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from griffin.ops.cpu import library, linears
+
+PANEL_ELEMENTS = 2**20  # weights widened to fp32 at a time: 4 MB, which stays in the cache until it is used
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute y[..., o] = sum over k of x[..., k] weight[o, k] + bias[o], with fp32 sums, rounded once to x.dtype.
+
+    Activations set the precision, fp32 weights stay the masters: where a device multiplies in one dtype (any but a
+    CPU), weight and bias are cast to x.dtype first. On a CPU they are used as they are, and widened a panel at a time
+    where narrow ones meet many rows: most CPUs multiply bf16 matrices at a hundredth of fp32's rate.
+
+    Args:
+        x: (..., K) any floating dtype.
+        weight: (O, K) any floating dtype.
+        bias: (O,) any floating dtype; None means none.
+
+    Returns:
+        (..., O) in x.dtype.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float64 or weight.dtype == torch.float64 or _stands_for_others(x):
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    rows = x.numel() // max(1, x.shape[-1])
+    if x.dtype == weight.dtype == torch.float32 and not _few(rows, x, weight, bias):
+        return F.linear(x, weight, None if bias is None else bias.float())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y: Tensor = torch.ops.griffin.linear(x, weight, bias)
+        return y
+    return _forward(x, weight, bias)  # nothing records it: a decode step has 80 of these, and the dispatcher 10 us each
+
+
+def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Compute hidden weight^T in fp32: sums are never rounded to bf16, whose grid near 20 is 0.125 wide.
+
+    Args:
+        hidden: (..., D) any floating dtype.
+        weight: (V, D) any floating dtype.
+
+    Returns:
+        (..., V) fp32 (fp64 if either is fp64).
+    """
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    if hidden.is_cuda and hidden.dtype == weight.dtype and dtype == torch.float32 and not torch.is_grad_enabled():
+        rows: Tensor = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=dtype)
+        return rows.view(*hidden.shape[:-1], -1)
+    if hidden.device.type == "cpu" and dtype == torch.float32:
+        return linear(hidden.to(dtype), weight)
+    if weight.dtype == dtype or torch.is_grad_enabled():
+        return F.linear(hidden.to(dtype), weight.to(dtype))
+    # Widened a slab at a time: the whole of a 256k vocabulary in fp32 would double a bf16 model's memory.
+    slabs = [F.linear(hidden.to(dtype), slab.to(dtype)) for slab in weight.split(_SLAB_ROWS)]
+    return torch.cat(slabs, dim=-1)
+
+
+_SLAB_ROWS = 4096  # 42 MB of fp32 at D = 2560
 
 
 def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -32,25 +90,74 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.transpose(0, 1).reshape(B, T, R)
 
 
-def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Compute hidden weight^T in fp32: sums are never rounded to bf16, whose grid near 20 is 0.125 wide.
-
-    Args:
-        hidden: (..., D) any floating dtype.
-        weight: (V, D) any floating dtype.
-
-    Returns:
-        (..., V) fp32 (fp64 if either is fp64).
-    """
-    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    if weight.dtype == dtype or torch.is_grad_enabled():
-        return F.linear(hidden.to(dtype), weight.to(dtype))
-    if hidden.is_cuda and hidden.dtype == weight.dtype and dtype == torch.float32:
-        rows: Tensor = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=dtype)
-        return rows.view(*hidden.shape[:-1], -1)
-    # Widened a slab at a time: the whole of a 256k vocabulary in fp32 would double a bf16 model's memory.
-    slabs = [F.linear(hidden.to(dtype), slab.to(dtype)) for slab in weight.split(_SLAB_ROWS)]
-    return torch.cat(slabs, dim=-1)
+@torch.library.custom_op("griffin::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _forward(x, weight, bias)
 
 
-_SLAB_ROWS = 4096  # 42 MB of fp32 at D = 2560
+@_linear.register_fake
+def _(x, weight, bias):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+    """dx = dy W;  dW = dy^T x;  db = sum of dy over rows: in fp32, each rounded once."""
+    x, weight = ctx.saved_tensors
+    dx = dw = db = None
+    rows, wide = dy.flatten(0, -2).float(), x.flatten(0, -2).float()
+    if ctx.needs_input_grad[0]:
+        dx = torch.zeros_like(wide)
+        step = _panel_rows(weight.shape[1])
+        for first in range(0, weight.shape[0], step):
+            panel = slice(first, first + step)
+            dx.addmm_(rows[:, panel], weight[panel].float())
+        dx = dx.view(x.shape).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        dw = (rows.T @ wide).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        db = rows.sum(dim=0).to(ctx.bias_dtype)
+    return dx, dw, db
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if _few(rows.shape[0], x, weight, bias):
+        y = linears.linear(rows, weight, bias)
+    else:
+        panels = weight.split(_panel_rows(weight.shape[1]))
+        y = by_panels(rows, (panel.float() for panel in panels), weight.shape[0], bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def by_panels(x: Tensor, panels: Iterable[Tensor], width: int, bias: Tensor | None) -> Tensor:
+    """x (N, K) times each panel (rows, K) of an fp32 W, made one after the other: (N, width) in x.dtype."""
+    wide = x.float()
+    y = torch.empty(x.shape[0], width)
+    first = 0
+    for panel in panels:
+        torch.mm(wide, panel.T, out=y[:, first : first + panel.shape[0]])
+        first += panel.shape[0]
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
+
+
+def _panel_rows(in_width: int) -> int:
+    return max(64, PANEL_ELEMENTS // max(1, in_width))
+
+
+def _few(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return 0 < rows <= linears.MOST_ROWS and x.shape[-1] > 0 and library.serves_each(x, weight, bias)
+
+
+def _stands_for_others(x: Tensor) -> bool:
+    return type(x) not in (Tensor, torch.nn.Parameter)

@@ -49,6 +49,14 @@ def serves(*tensors: Tensor) -> bool:
     return all(type(t) in _PLAIN and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
 
+def serves_each(*tensors: Tensor | None) -> bool:
+    """As `serves`, but each tensor may be of its own dtype, fp32 or bf16; None is no tensor."""
+    if _now().library is None:
+        return False
+    given = [t for t in tensors if t is not None]
+    return all(type(t) in _PLAIN and t.dtype in _TYPES and t.device.type == "cpu" for t in given)
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """Take the pure-torch definitions instead, in every thread, inside the `with`."""
