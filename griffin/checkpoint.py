@@ -21,12 +21,15 @@ from griffin.config_json import config_from_json, config_to_json
 from griffin.errors import GriffinError
 from griffin.files import whole_folder
 from griffin.model import Griffin
+from griffin.quantize import Quantization, quantization, quantized_names, read_quantization
+from griffin.quantize import quantize as quantize_model
 from griffin.tokenizer import Tokenizer
 from griffin.tokenizer_files import load_tokenizer as _load_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 4 * 2**30
 _SLAB_BYTES = 64 * 2**20  # read and converted at a time
+EMBEDDING = "model.embed_tokens.weight"
 TIED = "lm_head.weight"  # some released folders hold the embedding twice
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _Meta = tuple[torch.Size, torch.dtype]
@@ -37,6 +40,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quantize: str | Quantization | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Griffin:
     """Load a model folder, in eval mode.
@@ -46,7 +50,10 @@ def load(
     Args:
         path_or_hub_id: a folder, or a Hugging Face id such as "google/recurrentgemma-2b-it".
         device: where the weights go.
-        dtype: of the weights and activations; None keeps every tensor's own, and the embedding's for activations.
+        dtype: of the weights and activations; None keeps every tensor's own, and the embedding's for activations (the
+            final norm's, where the folder holds a quantised embedding).
+        quantize: "int8", "int4" or a Quantization: each weight is quantised while it is read, so that the peak of
+            memory is the quantised model's; the model cannot be trained. None: as stored.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -56,31 +63,47 @@ def load(
     config = read_config(folder)
     if dtype is not None and dtype not in _FLOATS:
         raise GriffinError(f"dtype={dtype} is not one of {', '.join(str(known) for known in _FLOATS)}")
+    stored_form = read_quantization(read_json(folder / "config.json"), str(folder / "config.json"))
+    form = Quantization.named(quantize) if isinstance(quantize, str) else quantize or stored_form
+    if stored_form is not None and quantize is not None:
+        raise GriffinError(f"{folder} is {stored_form.name} already; quantise the original")
     model = Griffin(config, device="meta")
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    on_the_way = quantized_names(model) if form is not None and stored_form is None else {}
+    if form is not None:
+        quantize_model(model, form)
+    parameters = dict(model.named_parameters())
+    expected = {name: p.shape for name, p in parameters.items() if _original(name) not in on_the_way} | on_the_way
     files = {file: _describe(file, names) for file, names in weight_files(folder).items()}
     stored = {name: meta for metas in files.values() for name, meta in metas.items()}
     _check_names(folder, expected, {name: shape for name, (shape, _) in stored.items() if name != TIED})
+    _check_kinds(folder, {name: kind for name, (_, kind) in stored.items()}, parameters)
     total = sum(shape.numel() * kind.itemsize for shape, kind in stored.values())
-    tensors = {
-        name: torch.empty(shape, dtype=dtype or kind, device=device)
-        for name, (shape, kind) in stored.items()
-        if name != TIED
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, (shape, kind) in stored.items():
+        if name in on_the_way and form is not None:
+            tensors[f"{name}_q"], tensors[f"{name}_scale"] = form.empty(shape, device)
+        elif name != TIED:
+            own = _original(name) != name  # a format's numbers and scales are of its own dtypes
+            tensors[name] = torch.empty(shape, dtype=kind if own else dtype or kind, device=device)
     done = 0
     for file, metas in files.items():
         for name, rows, slab in _slabs(file, {name: meta for name, meta in metas.items() if name != TIED}):
-            tensors[name][rows] = slab.to(tensors[name].dtype)
+            if name in on_the_way and form is not None:
+                slab_as_loaded = slab.to(dtype or slab.dtype)
+                form.fill(tensors[f"{name}_q"], tensors[f"{name}_scale"], slab_as_loaded, rows.start)
+            else:
+                tensors[name][rows] = slab.to(tensors[name].dtype)
             done += slab.nbytes
             if progress is not None:
                 progress(done, total)
     for file, metas in files.items():
         if TIED in metas:
-            _check_tied(file, metas[TIED], tensors["model.embed_tokens.weight"])
-    for name, parameter in model.named_parameters():
+            _check_tied(file, metas[TIED], stored[EMBEDDING], next(f for f, m in files.items() if EMBEDDING in m))
+    for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensors.pop(name), parameter.requires_grad))
-    model.activation_dtype = model.embedding.dtype
+    kind = stored[EMBEDDING if EMBEDDING in stored else "model.final_norm.weight"][1]
+    model.activation_dtype = dtype or kind
     return model.eval()
 
 
@@ -96,7 +119,8 @@ def save(model: Griffin, path: str | Path, tokenizer: Tokenizer | None = None, *
     Raises:
         GriffinError: the folder exists and overwrite is False, or holds something that is not a model.
     """
-    write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite)
+    form = quantization(model)
+    write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite, form=form)
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
@@ -115,11 +139,12 @@ def write_folder(
     tokenizer: Tokenizer | None,
     *,
     overwrite: bool = False,
+    form: Quantization | None = None,
 ) -> None:
     """Write config, tensors (by their names in the file) and tokenizer as a model folder, whole or not at all."""
     check_place(path, overwrite=overwrite)
     with whole_folder(path) as folder:
-        write_files(folder, config, tensors, tokenizer)
+        write_files(folder, config, tensors, tokenizer, form)
 
 
 def check_place(path: Path, *, overwrite: bool) -> None:
@@ -132,12 +157,22 @@ def check_place(path: Path, *, overwrite: bool) -> None:
 
 
 def write_files(
-    folder: Path, config: GriffinConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer | None
+    folder: Path,
+    config: GriffinConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    form: Quantization | None = None,
 ) -> None:
     """Write a model's files into a folder that exists (inside `whole_folder`, so that no one sees a part)."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    stored = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config_to_json(config, dtype=stored, special_ids=special))
+    stored = tensors[EMBEDDING if form is None else "model.final_norm.weight"].dtype
+    data = config_to_json(
+        config,
+        dtype=str(stored).removeprefix("torch."),
+        special_ids=special,
+        quantization=None if form is None else form.to_json(),
+    )
+    _write_json(folder / "config.json", data)
     if tokenizer is not None:
         tokenizer.save(folder)
         stops = {"eos_token_id": list(tokenizer.stop_ids) or None}
@@ -239,12 +274,13 @@ def _names(file: Path) -> list[str]:
 
 def _describe(file: Path, names: list[str]) -> dict[str, _Meta]:
     kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    kinds |= {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights; _check_kinds sees where they stand
     metas: dict[str, _Meta] = {}
     with _open(file) as handle:
         for name in names:
             view = handle.get_slice(name)
             if view.get_dtype() not in kinds:
-                raise GriffinError(f"{file}: {name} is {view.get_dtype()}; weights must be one of {', '.join(kinds)}")
+                raise GriffinError(f"{file}: {name} is {view.get_dtype()}; weights must be one of F32, BF16, F16")
             metas[name] = torch.Size(view.get_shape()), kinds[view.get_dtype()]
     return metas
 
@@ -288,10 +324,26 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], stored: Mappi
             raise GriffinError(f"{folder}: {name} is {tuple(stored[name])}, but config.json says {tuple(shape)}")
 
 
-def _check_tied(file: Path, meta: _Meta, embedding: Tensor) -> None:
+def _check_kinds(folder: Path, kinds: Mapping[str, torch.dtype], parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    for name, kind in kinds.items():
+        own = name in parameters and _original(name) != name
+        if kind != parameters[name].dtype if own else kind not in _FLOATS:
+            needed = str(parameters[name].dtype) if own else "one of F32, BF16, F16"
+            raise GriffinError(f"{folder}: {name} is {kind}; it must be {needed}".replace("torch.", ""))
+
+
+def _original(name: str) -> str:
+    """X.weight for X.weight_q and X.weight_scale; any other name as it is."""
+    return re.sub(r"\.weight_(q|scale)$", ".weight", name)
+
+
+def _check_tied(file: Path, meta: _Meta, embedding: _Meta, embedding_file: Path) -> None:
     """lm_head.weight is read only to see that it is the embedding."""
-    same = meta[0] == embedding.shape and all(
-        torch.equal(slab.to(embedding), embedding[rows]) for _, rows, slab in _slabs(file, {TIED: meta})
+    same = meta == embedding and all(
+        torch.equal(head, row)
+        for (_, _, head), (_, _, row) in zip(
+            _slabs(file, {TIED: meta}), _slabs(embedding_file, {EMBEDDING: embedding}), strict=True
+        )
     )
     if not same:
         raise GriffinError(f"{file}: lm_head.weight differs from the embedding; untied models are not supported")

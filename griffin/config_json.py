@@ -12,6 +12,9 @@ from griffin.errors import GriffinError
 # which transformers refuses instead of computing something else.
 HF_MODEL_TYPE, OWN_MODEL_TYPE = "recurrent_gemma", "griffin"
 
+# How the weights are stored, {"bits": 8} or {"bits": 4, "group": 128}; griffin/quantize.py reads it.
+QUANTIZATION = "griffin_quantization"
+
 # Keys whose one value is built in.
 _FIXED: Mapping[str, object] = {
     "attention_bias": False,
@@ -63,7 +66,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
     for key, value in _FIXED.items():
         if (found := left.pop(key, value)) != value:
             raise GriffinError(f"{where}: {key}={found!r} is not supported; only {value!r} is")
-    for key in _WITHOUT_EFFECT:
+    for key in (*_WITHOUT_EFFECT, QUANTIZATION):
         left.pop(key, None)
 
     heads, layers = take("num_attention_heads"), take("num_hidden_layers")
@@ -120,15 +123,23 @@ def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
         raise GriffinError(f"{where}: {error}") from error
 
 
-def config_to_json(config: GriffinConfig, *, dtype: str, special_ids: Mapping[str, int | None]) -> dict[str, Any]:
+def config_to_json(
+    config: GriffinConfig,
+    *,
+    dtype: str,
+    special_ids: Mapping[str, int | None],
+    quantization: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """Write the config in transformers' keys, with ours beside them for what its config cannot say.
 
     Args:
         config: the architecture.
         dtype: of the weights, as "bfloat16".
         special_ids: bos_token_id, eos_token_id and pad_token_id.
+        quantization: of the weights; transformers does not know it and must not open them.
     """
-    standard = is_standard(config)
+    standard = is_standard(config) and quantization is None
+    stored = {} if quantization is None else {QUANTIZATION: dict(quantization)}
     return {
         "architectures": ["RecurrentGemmaForCausalLM" if standard else "Griffin"],
         "model_type": HF_MODEL_TYPE if standard else OWN_MODEL_TYPE,
@@ -165,6 +176,7 @@ def config_to_json(config: GriffinConfig, *, dtype: str, special_ids: Mapping[st
         "use_cache": True,
         "vocab_size": config.vocab_size,
         "w_init_variance_scale": 0.01,
+        **stored,
         **special_ids,
     }
 

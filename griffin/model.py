@@ -72,6 +72,9 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)
 
+    def output(self, hidden: Tensor) -> Tensor:
+        return output_linear(hidden, self.weight)
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32, rounded once."""
@@ -256,7 +259,7 @@ class Griffin(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
-        """(V, D), the input embedding and the output matrix."""
+        """(V, D), the input embedding and the output matrix; of a quantised model, a widened copy."""
         return cast(Tensor, self.model["embed_tokens"].weight)
 
     def forward(
@@ -306,7 +309,8 @@ class Griffin(nn.Module):
         Returns:
             (..., V) fp32.
         """
-        return soft_cap(output_linear(hidden, self.embedding), self.config.logits_soft_cap)
+        embedding = cast(Embedding, self.model["embed_tokens"])
+        return soft_cap(embedding.output(hidden), self.config.logits_soft_cap)
 
     @torch.inference_mode(False)  # the state must be writable outside inference mode too
     @torch.no_grad()
@@ -319,7 +323,7 @@ class Griffin(nn.Module):
         if batch_size < 0:
             raise ValueError(f"batch_size={batch_size} must not be negative")
         config, B, dtype = self.config, batch_size, self.activation_dtype
-        zeros = self.embedding.new_zeros
+        zeros = cast(Tensor, self.model["final_norm"].weight).new_zeros
         slots = 0 if config.window is None else config.window + 1
         layers: list[RecurrentState | AttentionState] = [
             RecurrentState(

@@ -8,6 +8,7 @@ from griffin.ops.conv import causal_conv1d
 from griffin.ops.gated import geglu
 from griffin.ops.linear import block_diagonal_linear, linear, output_linear
 from griffin.ops.norm import rms_norm
+from griffin.ops.quantized import dequantize, quantize_int4, quantize_int8, quantized_linear
 from griffin.ops.rg_lru import rg_lru
 from griffin.ops.rope import rope, rope_table
 from griffin.ops.scan import linear_scan
@@ -15,11 +16,15 @@ from griffin.ops.scan import linear_scan
 __all__ = [
     "block_diagonal_linear",
     "causal_conv1d",
+    "dequantize",
     "geglu",
     "linear",
     "linear_scan",
     "local_attention",
     "output_linear",
+    "quantize_int4",
+    "quantize_int8",
+    "quantized_linear",
     "rg_lru",
     "ring_attention",
     "rms_norm",

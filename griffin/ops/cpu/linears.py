@@ -34,7 +34,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     (N, K), O = x.shape, weight.shape[0]
     y = x.new_empty(N, O)
     scratch = _scratch(N, -(-K // BLOCK) * BLOCK, BLOCK)
-    _int8(x.dtype, x.contiguous(), weight, scale, *_bias(bias), y, scratch, N, K, O)
+    _int8(x.dtype, x.contiguous(), weight.contiguous(), scale.contiguous(), *_bias(bias), y, scratch, N, K, O)
     return y
 
 
@@ -42,19 +42,19 @@ def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, g
     (N, K), O = x.shape, weight.shape[0]
     y = x.new_empty(N, O)
     scratch = _scratch(N, 2 * weight.shape[1], group)
-    _int4(x.dtype, x.contiguous(), weight, scale, *_bias(bias), y, scratch, N, K, O, group)
+    _int4(x.dtype, x.contiguous(), weight.contiguous(), scale.contiguous(), *_bias(bias), y, scratch, N, K, O, group)
     return y
 
 
 def widen_int8(weight: Tensor, scale: Tensor) -> Tensor:
     wide = torch.empty(weight.shape, dtype=torch.float32)
-    _widen_int8(torch.float32, weight, scale, wide, *weight.shape)
+    _widen_int8(torch.float32, weight.contiguous(), scale.contiguous(), wide, *weight.shape)
     return wide
 
 
 def widen_int4(weight: Tensor, scale: Tensor, in_width: int, group: int) -> Tensor:
     wide = torch.empty(weight.shape[0], in_width, dtype=torch.float32)
-    _widen_int4(torch.float32, weight, scale, wide, *wide.shape, 2 * weight.shape[1], group)
+    _widen_int4(torch.float32, weight.contiguous(), scale.contiguous(), wide, *wide.shape, 2 * weight.shape[1], group)
     return wide
 
 

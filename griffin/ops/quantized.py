@@ -1,0 +1,133 @@
+"""Weights in 8 or 4 bits: how numbers become small whole ones and back, and the product with them.
+
+    int8:  w[o, k] = scale[o] q[o, k],               q = -127 .. 127, one scale per output
+    int4:  w[o, k] = scale[o, k / G] (q[o, k] - 8),  q = 0 .. 15, one scale per output and G inputs
+
+int8 q is (O, K) int8 with scale (O,) fp32. int4 q is (O, P / 2) uint8 with scale (O, P / G) bf16, P being K rounded up
+to whole groups and blocks of 64. A block is 16 little-endian 16-bit words; word j holds inputs j, 16 + j, 32 + j and
+48 + j of its block, lowest bits first: one mask or shift gives 16 neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.ops.cpu import library, linears
+from griffin.ops.linear import by_panels
+
+GROUPS = (32, 64, 128)
+BLOCK = 64
+# An int4 scale is the best of these, in squared error, times the group's largest value over -8: clipping that one a
+# little leaves finer steps for all the others.
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+_PANEL_ELEMENTS = 2**20
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Give q and scale of a (O, K) weight, row by row: any slab of rows gives what the whole would.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    wide = _finite(weight)
+    scale = wide.abs().amax(dim=1) / 127
+    q = (wide / torch.where(scale == 0, 1.0, scale)[:, None]).round_().clamp_(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
+    """As quantize_int8, for 4 bits and a scale for each `group` inputs.
+
+    Raises:
+        ValueError: a weight is not finite, or group is not 32, 64 or 128.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"group={group} must be one of {', '.join(map(str, GROUPS))}")
+    wide = _finite(weight)
+    O, K = wide.shape
+    P = padded_width(K, group)
+    groups = F.pad(wide, (0, P - K)).view(O, P // group, group)
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    best_error = torch.full_like(largest, torch.inf)
+    best_scale, best_q = torch.zeros_like(largest), torch.zeros_like(groups)
+    for shrink in _SHRINK:
+        scale = (largest * (shrink / -8)).bfloat16().float()
+        q = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
+        error = (q * scale - groups).square_().sum(dim=2, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_q = torch.where(better, scale, best_scale), torch.where(better, q, best_q)
+    words = (best_q + 8).to(torch.int32).view(O, P // BLOCK, 4, 16)
+    word = words[:, :, 0] | words[:, :, 1] << 4 | words[:, :, 2] << 8 | words[:, :, 3] << 12  # 0 .. 65535
+    low, high = (word & 255).to(torch.uint8), (word >> 8).to(torch.uint8)
+    return torch.stack([low, high], dim=-1).view(O, P // 2), best_scale[..., 0].bfloat16()
+
+
+def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None) -> Tensor:
+    """Give the (O, in_width) fp32 weights that q and scale stand for; group is None for int8."""
+    if group is None:
+        if library.serves(scale):
+            return linears.widen_int8(q, scale)
+        return q.float() * scale.float()[:, None]
+    if scale.dtype == torch.bfloat16 and library.serves(scale):
+        return linears.widen_int4(q, scale, in_width, group)
+    O, P = q.shape[0], 2 * q.shape[1]
+    pairs = q.reshape(O, P // BLOCK, 16, 2).to(torch.int32)
+    word = pairs[..., 0] | pairs[..., 1] << 8
+    numbers = torch.stack([word >> shift & 15 for shift in (0, 4, 8, 12)], dim=2).view(O, P // group, group) - 8
+    return (numbers.float() * scale.float()[..., None]).view(O, P)[:, :in_width].contiguous()
+
+
+def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, group: int | None) -> Tensor:
+    """Compute x W^T + b with W in 8 or 4 bits; sums in fp32, rounded once to x.dtype.
+
+    On a CPU up to 16 rows of x meet W as it is stored; for more, W is widened to fp32 a panel at a time. In the first
+    case x is rounded to 16-bit whole numbers, a scale for each 128 inputs (int8) or group (int4): 2^-16 of the largest.
+
+    Args:
+        x: (..., K) any floating dtype.
+        q, scale: from quantize_int8 (group None) or quantize_int4.
+        bias: (O,) or None.
+        group: inputs to a scale; None for int8.
+
+    Returns:
+        (..., O) in x.dtype. There is no gradient.
+
+    Raises:
+        ValueError: a gradient is wanted for x, or the shapes do not fit.
+    """
+    K, O = x.shape[-1], q.shape[0]
+    P = K if group is None else padded_width(K, group)
+    if q.shape[1] * (1 if group is None else 2) != P:
+        raise ValueError(f"x has {K} inputs, but the weight is {tuple(q.shape)} {q.dtype} with group={group}")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("a quantised model cannot be trained; load it without quantize")
+    rows = x.reshape(-1, K)
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        y = F.linear(rows, dequantize(q, scale, K, group).to(dtype), None if bias is None else bias.to(dtype))
+    elif 0 < rows.shape[0] <= linears.MOST_ROWS and library.serves_each(x, bias):
+        if group is None:
+            y = linears.linear_int8(rows, q, scale, bias)
+        else:
+            y = linears.linear_int4(rows, q, scale, bias, group)
+    else:
+        step = max(64, _PANEL_ELEMENTS // K)
+        panels = (dequantize(a, b, K, group) for a, b in zip(q.split(step), scale.split(step), strict=True))
+        y = by_panels(rows, panels, O, bias)
+    return y.view(*x.shape[:-1], O)
+
+
+def padded_width(in_width: int, group: int) -> int:
+    """P: in_width rounded up to whole groups and blocks."""
+    unit = max(group, BLOCK)
+    return -(-in_width // unit) * unit
+
+
+def _finite(weight: Tensor) -> Tensor:
+    wide = weight.detach().float()
+    if not torch.isfinite(wide).all():
+        raise ValueError("a weight that is not finite cannot be quantised")
+    return wide

@@ -1,0 +1,205 @@
+"""linear, output_linear and quantised linears against fp64: sizes, dtypes, layouts, gradients, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from griffin.ops import dequantize, linear, output_linear, quantize_int4, quantize_int8, quantized_linear
+from griffin.ops import quantized as module
+from griffin.ops.cpu import library
+from tests.ops.test_cpu_kernels import PATHS, serving
+
+ROWS = [1, 2, 3, 5, 8, 16, 17]
+SIZES = [(1, 1), (7, 33), (33, 7), (256, 129), (300, 64), (2560, 70)]  # (K, O)
+DTYPES = [torch.float32, torch.bfloat16]
+GROUPS = [None, 32, 64, 128]
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    with serving(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype, exact: float = 1e-5) -> None:
+    """Sums of K products in fp32 lose 1e-5 of the largest; bf16 results are rounded by 2^-9."""
+    assert found.isfinite().all()
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    assert error < (exact if dtype == torch.float32 else 5e-3), f"{error:.1e}"
+
+
+@pytest.mark.parametrize("N", ROWS)
+@pytest.mark.parametrize(("K", "O"), SIZES)
+def test_linear_is_its_formula(path: str, N: int, K: int, O: int) -> None:
+    for x_dtype in DTYPES:
+        for w_dtype in DTYPES:
+            x, w, b = torch.randn(N, K).to(x_dtype), torch.randn(O, K).to(w_dtype), torch.randn(O).to(w_dtype)
+            expected = x.double() @ w.double().T
+            y = linear(x, w, b)
+            assert y.dtype == x_dtype
+            close(y, expected + b.double(), x_dtype)
+            close(linear(x.view(1, N, K), w)[0], expected, x_dtype)
+            logits = output_linear(x, w)
+            assert logits.dtype == torch.float32
+            close(logits, expected, torch.float32)
+
+
+def test_no_rows_and_fp64(path: str) -> None:
+    w, b = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    x = torch.randn(2, 3, 7, dtype=torch.float64)
+    assert torch.equal(linear(x, w, b), torch.nn.functional.linear(x, w, b))
+    for dtype in DTYPES:
+        assert linear(torch.zeros(0, 7, dtype=dtype), w.to(dtype), b.to(dtype)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("N", [2, 40])
+@pytest.mark.parametrize("w_dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_gradients(path: str, N: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> None:
+    inputs = [torch.randn(2, N, 33), torch.randn(70, 33), torch.randn(70)]
+    ours = [t.to(d).requires_grad_() for t, d in zip(inputs, (x_dtype, w_dtype, w_dtype), strict=True)]
+    fp64 = [t.detach().double().requires_grad_() for t in ours]
+    dy = torch.randn(2, N, 70)
+    y = linear(*ours)
+    found = torch.autograd.grad((y * dy.to(x_dtype)).sum(), ours)
+    expected = torch.autograd.grad(
+        (torch.nn.functional.linear(*fp64) * dy.to(x_dtype).double()).sum(),
+        fp64,
+    )
+    for mine, wanted, leaf in zip(found, expected, ours, strict=True):
+        assert mine.dtype == leaf.dtype
+        close(mine, wanted, leaf.dtype)
+
+
+def test_opcheck() -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for dtype in DTYPES:
+        x, w, b = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((3, 9), (5, 9), (5,)))
+        for bias in (b, None):
+            torch.library.opcheck(torch.ops.griffin.linear.default, (x, w, bias), test_utils=tests)
+
+
+def test_layouts(path: str) -> None:
+    """Strided and unaligned x, W and b give what plain ones give."""
+    for dtype in DTYPES:
+        x, w, b = torch.randn(3, 33).to(dtype), torch.randn(9, 33).to(dtype), torch.randn(9).to(dtype)
+        q, scale = quantize_int4(w, 32)
+
+        def shift(t: Tensor) -> Tensor:
+            store = t.new_empty(t.numel() + 1)
+            store[1:] = t.flatten()
+            return store[1:].view(t.shape)
+
+        for change in (shift, lambda t: t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2]):
+            assert torch.equal(linear(change(x), change(w), change(b)), linear(x, w, b))
+            assert torch.equal(
+                quantized_linear(change(x), q, scale, change(b), 32), quantized_linear(x, q, scale, b, 32)
+            )
+            assert torch.equal(
+                quantized_linear(x, change(q), change(scale), b, 32), quantized_linear(x, q, scale, b, 32)
+            )
+
+
+@pytest.mark.parametrize("instructions", ["native", "portable"])
+def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads(instructions: str) -> None:
+    with serving(instructions):
+        x, w = torch.randn(16, 700), torch.randn(90, 700)
+        formats = [(*quantize_int8(w), None), *((*quantize_int4(w, g), g) for g in (32, 64, 128))]
+        runs = [lambda x: linear(x, w), lambda x: linear(x, w.bfloat16())]
+        runs += [lambda x, f=f: quantized_linear(x, f[0], f[1], None, f[2]) for f in formats]
+        for run in runs:
+            expected = run(x)
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                assert torch.equal(run(x), expected)
+                for rows in (slice(0, 1), slice(3, 5), slice(4, 12)):
+                    assert torch.equal(run(x[rows]), expected[rows])
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
+@pytest.mark.parametrize(("K", "O"), SIZES)
+def test_quantised_linear_is_its_formula(path: str, K: int, O: int, group: int | None) -> None:
+    w = torch.randn(O, K)
+    q, scale = quantize_int8(w) if group is None else quantize_int4(w, group)
+    with library.without_kernels():
+        wide = dequantize(q, scale, K, group)
+    assert torch.equal(dequantize(q, scale, K, group), wide)
+    step = scale.float()[:, None] if group is None else scale.float().repeat_interleave(group, dim=1)[:, :K]
+    # Half a step, but for the top of an int4 group, which may be clipped to gain elsewhere.
+    assert ((wide - w).abs() <= step.abs() * (0.5 if group is None else 3)).all()
+    assert (wide - w).square().mean().sqrt() < (0.01 if group is None else 0.12) * w.square().mean().sqrt() + 1e-6
+    for N in ROWS:
+        for dtype in DTYPES:
+            x, b = torch.randn(N, K).to(dtype), torch.randn(O).to(dtype)
+            expected = x.double() @ wide.double().T + b.double()
+            close(quantized_linear(x, q, scale, b, group), expected, dtype, exact=5e-5)
+    x64 = torch.randn(2, K, dtype=torch.float64)
+    close(quantized_linear(x64, q, scale, None, group), x64 @ wide.double().T, torch.float32, exact=1e-12)
+
+
+def test_extreme_inputs_and_weights(path: str) -> None:
+    for group in GROUPS:
+        w = torch.randn(6, 300) * torch.tensor([0.0, 1e-30, 1e30, 1e-3, 1.0, 5.0])[:, None]
+        w[4, 7] = 1e4  # an outlier
+        q, scale = quantize_int8(w) if group is None else quantize_int4(w, group)
+        wide = dequantize(q, scale, 300, group)
+        assert wide.isfinite().all()
+        assert not wide[0].any()
+        x = torch.randn(2, 300)
+        x[:, 128:256] *= 1e-3
+        x[0, 3] = 1e4
+        for row in range(1, 6):
+            expected = x.double() @ wide[row].double()
+            found = quantized_linear(x, q, scale, None, group)[:, row]
+            # x is rounded by 2^-16 of the largest of its block.
+            assert ((found - expected).abs() <= 2e-5 * x.abs().amax(dim=1) * wide[row].abs().sum()).all()
+        assert not quantized_linear(torch.zeros(1, 300), q, scale, None, group).any()
+        for bad in (torch.nan, torch.inf):
+            x[1, 200] = bad
+            y = quantized_linear(x, q, scale, None, group)
+            assert y[0].isfinite().all()
+            assert not y[1, 3:].isfinite().any()
+
+
+def test_a_slab_of_rows_quantises_as_within_the_whole() -> None:
+    w = torch.randn(20, 100)
+    for quantise in (quantize_int8, lambda w: quantize_int4(w, 32)):
+        q, scale = quantise(w)
+        assert torch.equal(quantise(w[5:9])[0], q[5:9])
+        assert torch.equal(quantise(w[5:9])[1], scale[5:9])
+
+
+def test_packing_of_int4_is_as_documented() -> None:
+    numbers = torch.arange(64) % 16
+    w = (numbers - 8.0)[None]
+    w[0, :16] = -8  # the largest is -8: a step of 1
+    q, scale = quantize_int4(w, 64)
+    assert scale.item() == 1
+    words = q.view(torch.int16)[0].to(torch.int32) & 0xFFFF
+    for k in range(64):
+        assert (words[k % 16] >> 4 * (k // 16)) & 15 == int(w[0, k]) + 8
+
+
+def test_errors() -> None:
+    q, scale = quantize_int8(torch.randn(4, 8))
+    with pytest.raises(ValueError, match="x has 9 inputs"):
+        quantized_linear(torch.randn(1, 9), q, scale, None, None)
+    with pytest.raises(ValueError, match="cannot be trained"):
+        quantized_linear(torch.randn(1, 8, requires_grad=True), q, scale, None, None)
+    with pytest.raises(ValueError, match="group=48 must be one of 32, 64, 128"):
+        quantize_int4(torch.randn(4, 8), 48)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            quantize_int8(torch.tensor([[1.0, bad]]))
+    assert module.padded_width(65, 32) == 128
