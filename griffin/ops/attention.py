@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.ops.cpu import attention as cpp
+from griffin.ops.cpu import library
+
 # Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
 QUERY_CHUNK = 256
 
@@ -70,6 +73,9 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
             f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
             "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
         )
+    no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if no_gradient and library.serves(queries, keys, values) and min(queries.numel(), keys.shape[1]) > 0:
+        return cpp.ring_attention(queries, keys, values, positions)
     return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
 
 

@@ -13,39 +13,13 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;  // bytes
-
-// acc[m][n] += w[m] . x[n] over K, for M rows of W and N rows of x.
-template <int M, int N, class W, class X>
-INLINE void dots(const W* w, const X* x, int64_t K, int64_t ahead, Vec (&acc)[M][N]) {
-  constexpr int64_t STEP = LINE / sizeof(W);
-  int64_t k = 0;
-  for (; k + STEP <= K; k += STEP) {
-    for (int m = 0; m < M; ++m) __builtin_prefetch(reinterpret_cast<const char*>(w + m * K + k) + ahead);
-#pragma GCC unroll 4
-    for (int64_t j = k; j < k + STEP; j += LANES) {
-      Vec v[N];
-      for (int n = 0; n < N; ++n) v[n] = load(x + n * K + j);
-      for (int m = 0; m < M; ++m) {
-        const Vec weights = load(w + m * K + j);
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(weights, v[n], acc[m][n]);
-      }
-    }
-  }
-  for (; k < K; k += LANES) {
-    const int64_t lanes = smaller(LANES, K - k);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * K + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
-  }
-}
-
 template <class W, class X>
 void linear(ParallelFor pool, const X* x, const W* w, Bias bias, X* y, int64_t N, int64_t K, int64_t O) {
   const int64_t ahead = prefetch_distance(K * sizeof(W));
   for_row_tiles(pool, O, N, K, [&](auto m_count, auto n_count, int64_t o, int64_t n) {
     constexpr int M = decltype(m_count)::value, NB = decltype(n_count)::value;
     Vec acc[M][NB] = {};
-    dots<M, NB>(w + o * K, x + n * K, K, ahead, acc);
+    dots<M, NB>(w + o * K, K, x + n * K, K, ahead, acc);
     for (int m = 0; m < M; ++m)
       for (int j = 0; j < NB; ++j) put(y + (n + j) * O + o + m, sum(acc[m][j]) + bias.at(o + m));
   });

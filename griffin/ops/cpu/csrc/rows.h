@@ -37,6 +37,32 @@ INLINE void put(bf16* y, float value) { store(y, splat(value), 1); }
 // How far ahead of the bytes being used to ask for more: the next tile where rows are short, else within the row.
 inline int64_t prefetch_distance(int64_t row_bytes) { return row_bytes <= 4096 ? 4 * row_bytes : 1024; }
 
+constexpr int64_t LINE = 64;  // bytes
+
+// acc[m][n] += w[m] . x[n] over K, for M rows of W, `row` apart, and N rows of x.
+template <int M, int N, class W, class X>
+INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t ahead, Vec (&acc)[M][N]) {
+  constexpr int64_t STEP = LINE / sizeof(W);
+  int64_t k = 0;
+  for (; k + STEP <= K; k += STEP) {
+    for (int m = 0; m < M; ++m) __builtin_prefetch(reinterpret_cast<const char*>(w + m * row + k) + ahead);
+#pragma GCC unroll 4
+    for (int64_t j = k; j < k + STEP; j += LANES) {
+      Vec v[N];
+      for (int n = 0; n < N; ++n) v[n] = load(x + n * K + j);
+      for (int m = 0; m < M; ++m) {
+        const Vec weights = load(w + m * row + j);
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(weights, v[n], acc[m][n]);
+      }
+    }
+  }
+  for (; k < K; k += LANES) {
+    const int64_t lanes = smaller(LANES, K - k);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * row + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
+  }
+}
+
 // Call tile(Count<M>, Count<N>, o, n) so that rows o .. o+M-1 of W meet rows n .. n+N-1 of x, every pair once.
 template <class Tile>
 void for_row_tiles(ParallelFor pool, int64_t O, int64_t N, int64_t K, const Tile& tile) {
