@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("griffin.cli.chat:chat", "Talk to a model in the terminal."),
     "info": ("griffin.cli.info:info", "Show a model's sizes, its memory and its kernels."),
     "convert": ("griffin.cli.convert:convert", "Turn Google's checkpoints into a model folder."),
+    "quantize": ("griffin.cli.quantize:quantize", "Write a model in 8 or 4 bits per weight."),
     "tokenizer": ("griffin.cli.tokenizer:app", "Make tokenizers."),
 }
 

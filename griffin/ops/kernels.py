@@ -16,10 +16,16 @@ DEFINITIONS = {
     "rms_norm": "PyTorch, elementwise",
     "geglu": "PyTorch, elementwise",
     "rope": "PyTorch, elementwise",
+    "linear": "PyTorch matmul",
     "block_diagonal_linear": "PyTorch matmul",
     "output_linear": "PyTorch matmul",
+    "quantized_linear": "PyTorch matmul of widened weights",
 }
-CPU_KERNELS = ("linear_scan", "rg_lru", "causal_conv1d", "rms_norm", "geglu", "rope")  # in ops/cpu/csrc
+# In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32.
+CPU_KERNELS = (
+    *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "rope"),
+    *("linear", "output_linear", "quantized_linear"),
+)
 
 
 @dataclass(frozen=True, slots=True)
