@@ -11,6 +11,7 @@ from safetensors import safe_open
 from griffin import checkpoint
 from griffin.config import PRESETS, GriffinConfig
 from griffin.model import Griffin
+from griffin.quantize import quantize, read_quantization
 from griffin.state import AttentionState
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
@@ -40,15 +41,18 @@ def describe(name: str, dtype: torch.dtype | None = None) -> Description:
         GriffinError: there is no such folder or it is no model.
     """
     if name in PRESETS and not Path(name).exists():
-        config, stored, tokenizer = PRESETS[name], torch.float32, "none: a preset has no weights"
+        config, stored, tokenizer, form = PRESETS[name], torch.float32, "none: a preset has no weights", None
     else:
         folder = checkpoint.resolve(name)
-        config, stored = checkpoint.read_config(folder), _embedding_dtype(folder)
+        config, stored = checkpoint.read_config(folder), _activation_dtype(folder)
+        form = read_quantization(checkpoint.read_json(folder / "config.json"), str(folder))
         tokens = checkpoint.load_tokenizer(folder)
         template = "no chat template" if tokens.chat_template is None else "a chat template"
         tokenizer = f"{tokens.vocab_size:,} ids, {template}, stop ids {', '.join(map(str, tokens.stop_ids)) or 'none'}"
     dtype = dtype or stored
     model = Griffin(config, device="meta", dtype=dtype)
+    if form is not None:
+        quantize(model, form)
     state = model.new_state(1)
     growing = [layer for layer in state.layers if isinstance(layer, AttentionState) and layer.grows]
     return Description(
@@ -57,17 +61,18 @@ def describe(name: str, dtype: torch.dtype | None = None) -> Description:
         dtype=dtype,
         num_parameters=config.num_parameters(),
         num_embedding_parameters=config.vocab_size * config.width,
-        weight_bytes=config.num_parameters() * dtype.itemsize,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         state_bytes=state.nbytes,
         state_bytes_per_token=2 * len(growing) * config.num_kv_heads * config.head_width * dtype.itemsize,
         tokenizer=tokenizer,
     )
 
 
-def _embedding_dtype(folder: Path) -> torch.dtype:
-    name = "model.embed_tokens.weight"
-    for path, names in checkpoint.weight_files(folder).items():
-        if name in names:
-            with safe_open(path, framework="pt") as file:
-                return DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
+def _activation_dtype(folder: Path) -> torch.dtype:
+    """The embedding's, or the final norm's where the embedding is quantised."""
+    for name in (checkpoint.EMBEDDING, "model.final_norm.weight"):
+        for path, names in checkpoint.weight_files(folder).items():
+            if name in names:
+                with safe_open(path, framework="pt") as file:
+                    return DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
     return torch.float32
