@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import shlex
+import shutil
 import sys
 import traceback
 from dataclasses import replace
@@ -71,7 +72,7 @@ def train(
 
     result = run_training(config, run, resume=resume, sampler=sample, console=console)
     if result.model_folder is None:
-        again = [Path(sys.argv[0]).name, *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"]
+        again = [command_name(), *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"]
         console.print(f"stopped at step {result.step} of {config.steps}; go on with", markup=False)
         console.print(f"  {shlex.join(again)}", markup=False, soft_wrap=True)
         return
@@ -81,12 +82,18 @@ def train(
     console.print(f"trained in {result.seconds / 60:.1f} minutes{quality}", markup=False)
     console.print(
         f"the model is in {result.model_folder}; next:\n"
-        f"  griffin generate {shlex.quote(str(result.model_folder))} {prompt}\n"
-        f"  griffin chat {shlex.quote(str(result.model_folder))}\n"
-        f"  griffin train your-own.txt",
+        f"  {command_name()} generate {shlex.quote(str(result.model_folder))} {prompt}\n"
+        f"  {command_name()} chat {shlex.quote(str(result.model_folder))}\n"
+        f"  {command_name()} train your-own.txt",
         markup=False,
         soft_wrap=True,
     )
+
+
+def command_name() -> str:
+    """How to call this command again from here: `griffin`, or its path where the shell does not find that."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "griffin" and shutil.which("griffin") is None else "griffin"
 
 
 def sample(model: Griffin, tokenizer: Tokenizer, prompt: str) -> str:
