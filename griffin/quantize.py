@@ -20,7 +20,7 @@ from griffin.ops import dequantize, quantize_int4, quantize_int8, quantized_line
 from griffin.ops.quantized import GROUPS, padded_width
 
 FORMATS = ("int8", "int4")
-_ROWS_BYTES = 16 * 2**20  # of fp32 at a time: quantising takes little beside the model
+_ROWS_BYTES = 4 * 2**20  # of fp32 quantised at a time: its temporaries are ten times that
 
 
 @dataclass(frozen=True)
