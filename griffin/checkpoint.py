@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from griffin.config import GriffinConfig
 from griffin.config_json import config_from_json, config_to_json
 from griffin.errors import GriffinError
-from griffin.files import whole_folder
+from griffin.files import save_tensors, whole_folder
 from griffin.model import Griffin
 from griffin.quantize import Quantization, quantization, quantized_names, read_quantization
 from griffin.quantize import quantize as quantize_model
@@ -182,7 +181,7 @@ def write_files(
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         part = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        save_tensors(part, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())

@@ -11,11 +11,10 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from griffin.errors import GriffinError
-from griffin.files import whole_file
+from griffin.files import save_tensors, whole_file
 
 FORMAT = "griffin-state-1"
 
@@ -204,7 +203,7 @@ class State:
             "metadata": json.dumps(metadata or {}),
         }
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+            save_tensors(tensors, temporary, header)
 
     @staticmethod
     def load(path: str | Path, model: _Model) -> State:

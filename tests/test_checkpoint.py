@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,9 +168,23 @@ def test_a_failed_save_leaves_nothing(folder: Path, make_model: MakeModel, monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         griffin.save(make_model(seed=5), folder, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_disk_that_fills_while_weights_are_written(folder: Path, make_model: MakeModel) -> None:
+    """A limit on the size of files stands for the full disk: the write itself fails, within safetensors."""
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(GriffinError, match=r"model\.safetensors cannot be written: .*make room"):
+            griffin.save(make_model(seed=5), folder, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert list(folder.parent.iterdir()) == [folder]
 

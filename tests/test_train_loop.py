@@ -165,9 +165,9 @@ def start(run, die_in_checkpoint=False):
     child = os.fork()
     if child == 0:
         if die_in_checkpoint:
-            def save_file(*arguments, **options):
+            def save_tensors(*arguments, **options):
                 os.kill(os.getpid(), signal.SIGKILL)
-            snapshot.save_file = save_file
+            snapshot.save_tensors = save_tensors
         with open(os.devnull, "w") as nowhere:
             train(config, folder / run, resume=True, console=Console(file=nowhere))
         os._exit(0)

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from griffin import checkpoint
 from griffin.errors import GriffinError
-from griffin.files import whole_folder
+from griffin.files import save_tensors, whole_folder
 from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
@@ -75,7 +75,7 @@ def save_snapshot(
     }
     with whole_folder(folder) as temporary:
         checkpoint.write_files(temporary, model.config, model.state_dict(), tokenizer)
-        save_file(_averages(model, optimizer), temporary / OPTIMIZER)
+        save_tensors(_averages(model, optimizer), temporary / OPTIMIZER, {"format": "pt"})
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for old in snapshots(run)[: -config.keep_checkpoints]:
         shutil.rmtree(old)
