@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
+ABI = 3  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
-_ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_VALUES = {"p": "Q", "i": "q", "f": "f4x"}  # how `struct` packs one Value of csrc/abi.h
 
 
 @dataclass(frozen=True)
@@ -93,21 +94,23 @@ class Kernel:
 
     def __init__(self, name: str, signature: str) -> None:
         self.name = name
-        self.types = [_ARGUMENTS[letter] for letter in signature if letter != " "]
-        self.functions: dict[tuple[int, str, str], Callable[..., None]] = {}
+        self.pack = struct.Struct("=" + "".join(_VALUES[letter] for letter in signature if letter != " ")).pack
+        self.functions: dict[tuple[int, str, torch.dtype], Callable[[int | None, bytes], None]] = {}
 
     def __call__(self, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
         """Run the variant for `dtype`. Tensors are passed by address: all of them must be contiguous."""
         now = _now()
+        function = self.functions.get((id(now.library), now.instructions, dtype)) or self._find(now, dtype)
+        values = self.pack(*[_address(a) if isinstance(a, Tensor) else (0 if a is None else a) for a in arguments])
+        function(now.pool, values)
+
+    def _find(self, now: Loaded, dtype: torch.dtype) -> Callable[[int | None, bytes], None]:
         assert now.library is not None
-        key = (id(now.library), now.instructions, _TYPES[dtype])
-        function = self.functions.get(key)
-        if function is None:
-            function = getattr(now.library, f"griffin_{self.name}_{_TYPES[dtype]}_{now.instructions}")
-            function.argtypes = [ctypes.c_void_p, *self.types]
-            function.restype = None
-            self.functions[key] = function
-        function(now.pool, *[_address(a) if isinstance(a, Tensor) else a for a in arguments])
+        function: Any = getattr(now.library, f"griffin_{self.name}_{_TYPES[dtype]}_{now.instructions}")
+        function.argtypes = [ctypes.c_void_p, ctypes.c_char_p]  # c_char_p: the address of what a bytes holds
+        function.restype = None
+        self.functions[id(now.library), now.instructions, dtype] = function
+        return function  # type: ignore[no-any-return]
 
 
 def empty_like(tensor: Tensor) -> Tensor:

@@ -1,16 +1,26 @@
 // What the loader asks before it uses a kernel. Compiled once, for any CPU.
-#include <cstdint>
+#include "abi.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#define PLAIN extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-EXPORT int32_t griffin_abi_version() { return 2; }
+PLAIN int32_t griffin_abi_version() { return 3; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
-EXPORT const char* griffin_instructions() {
+PLAIN const char* griffin_instructions() {
 #if defined(GRIFFIN_HAS_AVX2)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
   return "portable";
+}
+
+// Calls of kernels that were kept (record.py), made again one after the other.
+struct Call {
+  Exported kernel;
+  const Value* values;
+};
+
+PLAIN void griffin_replay(ParallelFor pool, const Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) calls[i].kernel(pool, calls[i].values);
 }

@@ -128,7 +128,8 @@ void ring_attention(ParallelFor pool, const T* q, const T* k, const T* v, const 
   (ParallelFor pool, const T* q, const T* k, const T* v, const int64_t* position, T* out, float* scratch, int64_t B,  \
    int64_t S, int64_t H, int64_t G, int64_t K) {                                                                       \
     ring_attention(pool, q, k, v, position, out, scratch, {B, S, H, G, K});                                            \
-  }
+  }                                                                                                                    \
+  EXPORT(ring_attention, T)
 
 ATTENTION_KERNELS(float)
 ATTENTION_KERNELS(bf16)

@@ -153,12 +153,14 @@ void backward(ParallelFor pool, const T* dy, const T* dlast, const T* x, const f
    T* last, int64_t B, int64_t time, int64_t R, int64_t N) {                                                          \
     forward<T>(pool, x, weight, bias, state, reset, y, last, B, time, R, N);                                          \
   }                                                                                                                   \
+  EXPORT(causal_conv1d_forward, T)                                                                                    \
   KERNEL(causal_conv1d_backward, T)                                                                                   \
   (ParallelFor pool, const T* dy, const T* dlast, const T* x, const float* weight, const T* state,                    \
    const uint8_t* reset, T* dx, float* shares, float* dweight, float* dbias, T* dstate, int64_t B, int64_t time,      \
    int64_t R, int64_t N) {                                                                                            \
     backward<T>(pool, dy, dlast, x, weight, state, reset, dx, shares, dweight, dbias, dstate, B, time, R, N);         \
-  }
+  }                                                                                                                    \
+  EXPORT(causal_conv1d_backward, T)
 
 CAUSAL_CONV1D_KERNELS(float)
 CAUSAL_CONV1D_KERNELS(bf16)

@@ -17,18 +17,24 @@ void map(const float* x, float* y, int64_t n, Function f) {
 KERNEL(exp, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return exp(v); });
 }
+EXPORT(exp, float)
 KERNEL(one_minus_exp, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return decay(v).one_minus_a; });
 }
+EXPORT(one_minus_exp, float)
 KERNEL(log1p, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return log1p(v); });
 }
+EXPORT(log1p, float)
 KERNEL(sigmoid, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return sigmoid(v); });
 }
+EXPORT(sigmoid, float)
 KERNEL(softplus, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return softplus(v); });
 }
+EXPORT(softplus, float)
 KERNEL(gelu, float)(ParallelFor, const float* x, float* y, int64_t n) {
   map(x, y, n, [](Vec v) { return gelu(v); });
 }
+EXPORT(gelu, float)

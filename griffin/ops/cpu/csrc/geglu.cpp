@@ -38,10 +38,12 @@ void backward(ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgat
   KERNEL(geglu_forward, T)(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {                           \
     forward<T>(pool, gate, up, y, n);                                                                                 \
   }                                                                                                                   \
+  EXPORT(geglu_forward, T)                                                                                            \
   KERNEL(geglu_backward, T)                                                                                           \
   (ParallelFor pool, const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {                          \
     backward<T>(pool, dy, gate, up, dgate, dup, n);                                                                   \
-  }
+  }                                                                                                                    \
+  EXPORT(geglu_backward, T)
 
 GEGLU_KERNELS(float)
 GEGLU_KERNELS(bf16)

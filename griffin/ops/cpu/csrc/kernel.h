@@ -2,14 +2,16 @@
 //
 // Each .cpp file here is compiled once per instruction set (setup.py), with GRIFFIN_ISA set to its name. A kernel
 //
-//     KERNEL(rg_lru_forward, float)(ParallelFor pool, ...)
+//     KERNEL(rg_lru_forward, float)(ParallelFor pool, const float* x, int64_t B, ...) { ... }
+//     EXPORT(rg_lru_forward, float)
 //
-// becomes the plain C function griffin_rg_lru_forward_float_avx2 (or ..._portable), which library.py finds by name.
+// becomes the plain C function griffin_rg_lru_forward_float_avx2 (or ..._portable), which library.py finds by name. All
+// of them are called alike, f(pool, values), so that calls can be kept and made again from C (abi.cpp).
 // Everything else in a kernel file belongs in an anonymous namespace, and nothing from the C++ library that is a
 // template or inline may be called: the linker would merge the copies and could run AVX2 code on a CPU without it.
 #pragma once
 
-#include <cstdint>
+#include "abi.h"
 
 #ifndef GRIFFIN_ISA
 #error "setup.py names the instruction set"
@@ -17,17 +19,48 @@
 
 #define GRIFFIN_JOIN_(name, type, isa) griffin_##name##_##type##_##isa
 #define GRIFFIN_JOIN(name, type, isa) GRIFFIN_JOIN_(name, type, isa)
-#define KERNEL(name, type)                                                                                            \
-  extern "C" __attribute__((visibility("default"))) void GRIFFIN_JOIN(name, type, GRIFFIN_ISA)
-
-// torch_parallel_for of libtorch_cpu, or null to run on the calling thread. Calls f on pieces of [begin, end), each at
-// least `grain` long, on torch's thread pool.
-extern "C" {
-typedef void (*ParallelBody)(int64_t begin, int64_t end, void* context);
-typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context);
-}
+#define KERNEL(name, type) static void kernel_##name##_##type
+#define EXPORT(name, type)                                                                                            \
+  extern "C" __attribute__((visibility("default"))) void GRIFFIN_JOIN(name, type, GRIFFIN_ISA)(ParallelFor pool,      \
+                                                                                              const Value* values) {  \
+    call(kernel_##name##_##type, pool, values);                                                                       \
+  }
 
 namespace {
+
+template <class T>
+struct As;
+template <class T>
+struct As<T*> {
+  static T* from(Value v) { return static_cast<T*>(v.pointer); }
+};
+template <>
+struct As<int64_t> {
+  static int64_t from(Value v) { return v.whole; }
+};
+template <>
+struct As<float> {
+  static float from(Value v) { return v.real; }
+};
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct UpTo<0, I...> {
+  typedef Indices<I...> Type;
+};
+
+template <class... A, int... I>
+void call_with(void (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values, Indices<I...>) {
+  kernel(pool, As<A>::from(values[I])...);
+}
+
+template <class... A>
+void call(void (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values) {
+  call_with(kernel, pool, values, typename UpTo<sizeof...(A)>::Type());
+}
 
 // Below this many elements of a pointwise formula, waking another thread costs more than it saves.
 constexpr int64_t GRAIN_ELEMENTS = 8192;

@@ -33,11 +33,13 @@ void linear(ParallelFor pool, const X* x, const W* w, Bias bias, X* y, int64_t N
    int64_t O) {                                                                                                        \
     linear(pool, x, w, {bias, bias_is_bf16 != 0}, y, N, K, O);                                                         \
   }                                                                                                                    \
+  EXPORT(linear_fp32, X)                                                                                               \
   KERNEL(linear_bf16, X)                                                                                               \
   (ParallelFor pool, const X* x, const bf16* w, const void* bias, int64_t bias_is_bf16, X* y, int64_t N, int64_t K,   \
    int64_t O) {                                                                                                        \
     linear(pool, x, w, {bias, bias_is_bf16 != 0}, y, N, K, O);                                                         \
-  }
+  }                                                                                                                    \
+  EXPORT(linear_bf16, X)
 
 LINEAR_KERNELS(float)
 LINEAR_KERNELS(bf16)

@@ -85,11 +85,13 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
    int64_t R, int64_t threads) {                                                                                      \
     forward<T>(pool, x, a, h0, y, h_last, B, time, R, threads);                                                       \
   }                                                                                                                   \
+  EXPORT(linear_scan_forward, T)                                                                                      \
   KERNEL(linear_scan_backward, T)                                                                                     \
   (ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* a, const float* h0, float* states,       \
    T* dx, T* da, float* dh0, int64_t B, int64_t time, int64_t R, int64_t threads) {                                   \
     backward<T>(pool, dy, dh_last, x, a, h0, states, dx, da, dh0, B, time, R, threads);                               \
-  }
+  }                                                                                                                    \
+  EXPORT(linear_scan_backward, T)
 
 LINEAR_SCAN_KERNELS(float)
 LINEAR_SCAN_KERNELS(bf16)

@@ -170,11 +170,13 @@ void linear_int4(int64_t group, ParallelFor pool, const X* x, const uint8_t* w, 
    void* memory, int64_t N, int64_t K, int64_t O) {                                                                    \
     linear_int8(pool, x, w, scale, {bias, bias_is_bf16 != 0}, y, memory, N, K, O);                                     \
   }                                                                                                                    \
+  EXPORT(linear_int8, X)                                                                                               \
   KERNEL(linear_int4, X)                                                                                               \
   (ParallelFor pool, const X* x, const uint8_t* w, const bf16* scale, const void* bias, int64_t bias_is_bf16, X* y,   \
    void* memory, int64_t N, int64_t K, int64_t O, int64_t group) {                                                     \
     linear_int4(group, pool, x, w, scale, {bias, bias_is_bf16 != 0}, y, memory, N, K, O);                              \
-  }
+  }                                                                                                                    \
+  EXPORT(linear_int4, X)
 
 QUANTIZED_KERNELS(float)
 QUANTIZED_KERNELS(bf16)
@@ -186,6 +188,7 @@ KERNEL(widen_int8, float)
     for (int64_t k = 0; k < K; ++k) to[o * K + k] = scale[o] * w[o * K + k];
   });
 }
+EXPORT(widen_int8, float)
 KERNEL(widen_int4, float)
 (ParallelFor pool, const uint8_t* w, const bf16* scale, float* to, int64_t O, int64_t K, int64_t padded,
  int64_t group) {
@@ -201,3 +204,4 @@ KERNEL(widen_int4, float)
     }
   });
 }
+EXPORT(widen_int4, float)

@@ -151,6 +151,7 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
     forward<T>(pool, x, input_gate, recurrent_gate, p, h0, reset, y, h_last, chunk_states,                            \
                {B, time, R, threads}, unscaled);                                                                      \
   }                                                                                                                   \
+  EXPORT(rg_lru_forward, T)                                                                                           \
   KERNEL(rg_lru_backward, T)                                                                                          \
   (ParallelFor pool, const T* dy, const float* dh_last, const T* x, const T* input_gate, const T* recurrent_gate,     \
    const float* p, const float* chunk_states, const uint8_t* reset, T* dx, T* d_input_gate, T* d_recurrent_gate,      \
@@ -158,7 +159,8 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
    int64_t threads) {                                                                                                 \
     backward<T>(pool, dy, dh_last, x, input_gate, recurrent_gate, p, chunk_states, reset, dx, d_input_gate,           \
                 d_recurrent_gate, dp_rows, dp, dh0, {B, time, R, threads}, bound, unscaled);                          \
-  }
+  }                                                                                                                    \
+  EXPORT(rg_lru_backward, T)
 
 RG_LRU_KERNELS(float)
 RG_LRU_KERNELS(bf16)

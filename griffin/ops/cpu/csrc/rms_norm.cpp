@@ -81,11 +81,13 @@ void backward(ParallelFor pool, const T* dy, const T* x, const float* weight, co
   (ParallelFor pool, const T* x, const float* weight, T* y, float* rstd, int64_t N, int64_t D, float eps) {           \
     forward<T>(pool, x, weight, y, rstd, N, D, eps);                                                                  \
   }                                                                                                                   \
+  EXPORT(rms_norm_forward, T)                                                                                         \
   KERNEL(rms_norm_backward, T)                                                                                        \
   (ParallelFor pool, const T* dy, const T* x, const float* weight, const float* rstd, T* dx, float* shares,           \
    float* dweight, int64_t N, int64_t D) {                                                                            \
     backward<T>(pool, dy, x, weight, rstd, dx, shares, dweight, N, D);                                                \
-  }
+  }                                                                                                                    \
+  EXPORT(rms_norm_backward, T)
 
 RMS_NORM_KERNELS(float)
 RMS_NORM_KERNELS(bf16)

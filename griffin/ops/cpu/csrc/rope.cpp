@@ -35,7 +35,8 @@ void turn(ParallelFor pool, const T* x, const float* cos, const float* sin, T* y
   (ParallelFor pool, const T* x, const float* cos, const float* sin, T* y, int64_t N, int64_t H, int64_t K,           \
    int64_t n, int64_t inverse) {                                                                                      \
     turn<T>(pool, x, cos, sin, y, N, H, K, n, inverse);                                                               \
-  }
+  }                                                                                                                    \
+  EXPORT(rope, T)
 
 ROPE_KERNELS(float)
 ROPE_KERNELS(bf16)

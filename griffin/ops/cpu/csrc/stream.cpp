@@ -22,3 +22,4 @@ KERNEL(stream, float)(ParallelFor pool, const int32_t* p, int32_t* totals, int64
     totals[task] = total;
   });
 }
+EXPORT(stream, float)
