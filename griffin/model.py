@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from griffin.config import GriffinConfig
 from griffin.ops import (
+    add,
     block_diagonal_linear,
     causal_conv1d,
+    embed,
     geglu,
     linear,
     local_attention,
@@ -29,25 +31,11 @@ from griffin.ops import (
     ring_attention,
     rms_norm,
     rope,
-    rope_table,
+    soft_cap,
 )
 from griffin.ops.rg_lru import C
+from griffin.span import Span, advance_, span_of
 from griffin.state import AttentionState, RecurrentState, State
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """What every layer needs to know of the tokens of one call."""
-
-    start: Tensor  # (B,) int64, State.position before the call
-    positions: Tensor  # (B, T) int64, offset of each token in its document; 0 starts a document
-    reset: Tensor  # (B, T) bool, positions == 0, and False on padding
-    lengths: Tensor | None  # (B,) tokens of each row that count, from the left; None: all T
-    padding: Tensor | None  # (B, T) bool, True beyond lengths; None: nowhere
-    cos: Tensor  # (B, T, rope_width / 2) fp32
-    sin: Tensor  # (B, T, rope_width / 2) fp32
-    earlier: int  # tokens before the call that some query may see
-    longest: int  # State.longest after the call
 
 
 class Linear(nn.Module):
@@ -69,8 +57,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:
+        return embed(tokens, self.weight, dtype, scale)
 
     def output(self, hidden: Tensor) -> Tensor:
         return output_linear(hidden, self.weight)
@@ -215,8 +203,8 @@ class Block(nn.Module):
         self.mlp_block = GatedMLP(config)
 
     def forward(self, x: Tensor, state: RecurrentState | AttentionState | None, span: Span) -> Tensor:
-        x = x + self.temporal_block(self.temporal_pre_norm(x), state, span)
-        return x + self.mlp_block(self.channel_pre_norm(x))  # type: ignore[no-any-return]
+        x = add(x, self.temporal_block(self.temporal_pre_norm(x), state, span))
+        return add(x, self.mlp_block(self.channel_pre_norm(x)))
 
 
 class Griffin(nn.Module):
@@ -243,6 +231,7 @@ class Griffin(nn.Module):
         super().__init__()
         self.config = config
         self.activation_dtype = activation_dtype or dtype
+        self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
             layers = nn.ModuleDict(
                 {
@@ -288,16 +277,19 @@ class Griffin(nn.Module):
             ValueError: shapes, dtypes or values do not fit the model or the state (values are checked on a CPU only;
                 on a GPU that would wait for the device).
         """
-        span = self._span(tokens, state, positions, lengths)
+        span = span_of(self.config, tokens, state, positions, lengths)
         if span.padding is not None:
             tokens = tokens.masked_fill(span.padding, 0)
-        x = self.model["embed_tokens"](tokens).to(self.activation_dtype)  # (B, T, D)
-        if self.config.embedding_scale != "none":
-            x = x * _embedding_scale(self.config)
+        hidden = self.run(tokens, state, span)
+        if state is not None:
+            advance_(state, span)
+        return hidden
+
+    def run(self, tokens: Tensor, state: State | None, span: Span) -> Tensor:
+        """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
+        x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
         for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
             x = block(x, None if state is None else state.layers[index], span)
-        if state is not None:
-            self._advance(state, span)
         return self.model["final_norm"](x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -351,86 +343,10 @@ class Griffin(nn.Module):
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()
 
-    def _span(self, tokens: Tensor, state: State | None, positions: Tensor | None, lengths: Tensor | None) -> Span:
-        """Check the arguments of `forward` before anything is written, and derive what the layers share."""
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}; it must be (B, T>0) int64 or int32")
-        B, T = tokens.shape
-        if state is not None and state.batch_size != B:
-            raise ValueError(f"tokens has {B} rows, the state {state.batch_size}: use new_state({B}) or rows()")
-        for name, tensor, shape in (("positions", positions, (B, T)), ("lengths", lengths, (B,))):
-            if tensor is not None and (tensor.shape != shape or tensor.is_floating_point()):
-                raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {shape} whole numbers")
-        checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
-        padding = None
-        if lengths is not None:
-            if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
-                raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
-            padding = torch.arange(T, device=tokens.device) >= lengths[:, None]
-        if checked and tokens.numel():
-            used = tokens if padding is None else tokens.masked_fill(padding, 0)
-            low, high = (int(value) for value in torch.aminmax(used))
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token {low if low < 0 else high} is not in the vocabulary 0 .. {self.config.vocab_size - 1}; "
-                    "was the text encoded with this model's tokenizer?"
-                )
-        start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
-        longest = 0 if state is None else state.longest
-        if positions is None:
-            positions = start[:, None] + torch.arange(T, device=tokens.device)
-            longest += T
-        else:
-            positions = positions.to(torch.int64)
-            if checked and B:
-                self._check_positions(positions, start if state is not None else None, padding)
-            longest = max(longest, int(positions.max()) + 1) if state is not None and B else 0
-        reset = positions == 0
-        if padding is not None:
-            reset = reset & ~padding
-        cos, sin = rope_table(positions, self.config.rope_width, self.config.rope_base)
-        earlier = 0
-        if state is not None:
-            earlier = state.longest if self.config.window is None else min(state.longest, self.config.window)
-            for layer in state.layers:
-                if isinstance(layer, AttentionState) and layer.grows:
-                    layer.reserve_(longest)
-        return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest)
 
-    @staticmethod
-    def _check_positions(positions: Tensor, start: Tensor | None, padding: Tensor | None) -> None:
-        """Refuse offsets that neither go on by one nor start a document."""
-        follows = torch.ones_like(positions, dtype=torch.bool)
-        follows[:, 1:] = positions[:, 1:] == positions[:, :-1] + 1
-        follows[:, 0] = positions[:, 0] >= 0 if start is None else positions[:, 0] == start
-        wrong = ~(follows | (positions == 0))
-        if padding is not None:
-            wrong &= ~padding
-        if wrong.any():
-            b, t = (int(i) for i in wrong.nonzero()[0])
-            before = positions[b, t - 1] if t else (-1 if start is None else start[b] - 1)
-            raise ValueError(
-                f"positions[{b}, {t}]={int(positions[b, t])} must be {int(before) + 1} (the next token) "
-                "or 0 (a new document)"
-            )
-
-    @staticmethod
-    def _advance(state: State, span: Span) -> None:
-        if span.lengths is None:
-            after = span.positions[:, -1] + 1
-        else:
-            last = (span.lengths - 1).clamp(min=0)[:, None]
-            after = torch.where(span.lengths > 0, span.positions.gather(1, last)[:, 0] + 1, state.position)
-        state.position.copy_(after)
-        state.longest = span.longest
-
-
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap); None: logits as they are."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _embedding_scale(config: GriffinConfig) -> float:
+def _embedding_scale(config: GriffinConfig) -> float | None:
+    if config.embedding_scale == "none":
+        return None
     scale = math.sqrt(config.width)
     return torch.tensor(scale).bfloat16().item() if config.embedding_scale == "bf16" else scale
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from griffin.config_json import QUANTIZATION as KEY
 from griffin.errors import GriffinError
 from griffin.model import Embedding, Griffin, Linear
-from griffin.ops import dequantize, quantize_int4, quantize_int8, quantized_linear
+from griffin.ops import cast, dequantize, quantize_int4, quantize_int8, quantized_embed, quantized_linear
 from griffin.ops.quantized import GROUPS, padded_width
 
 FORMATS = ("int8", "int4")
@@ -136,13 +136,11 @@ class QuantizedEmbedding(_Quantized):
     def __init__(self, embedding: Embedding, form: Quantization) -> None:
         super().__init__(embedding.weight, form, embedding.weight.dtype)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        flat = tokens.flatten()
-        rows = self._rows(self.weight_q[flat], self.weight_scale[flat])
-        return rows.view(*tokens.shape, self.in_width)
+    def forward(self, tokens: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:
+        return quantized_embed(tokens, self.weight_q, self.weight_scale, self.in_width, self.form.group, dtype, scale)
 
     def output(self, hidden: Tensor) -> Tensor:
-        return self._product(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), None)
+        return self._product(cast(hidden, torch.promote_types(hidden.dtype, torch.float32)), None)
 
 
 def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None) -> Griffin:

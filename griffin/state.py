@@ -15,6 +15,7 @@ from torch import Tensor
 
 from griffin.errors import GriffinError
 from griffin.files import save_tensors, whole_file
+from griffin.ops import assign_, ring_write_
 
 FORMAT = "griffin-state-1"
 
@@ -26,8 +27,8 @@ class RecurrentState:
 
     def update_(self, h: Tensor, conv: Tensor) -> None:
         """Overwrite in place: CUDA graphs need fixed addresses. clone() first to branch."""
-        self.h.copy_(h.detach())
-        self.conv.copy_(conv.detach())
+        assign_(self.h, h)
+        assign_(self.conv, conv)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,18 +61,12 @@ class AttentionState:
             positions: (B, T) offset of each token in its document.
             lengths: (B,) 0 .. T, how many of a row's tokens count; None means all.
         """
-        keys, values = keys.detach(), values.detach()
         B, S, G, K = self.keys.shape
         T = keys.shape[1]
-        if T == 1:
-            slot = (positions % S)[..., None, None].expand(B, 1, G, K)
-            if lengths is not None:
-                used = (lengths > 0)[:, None, None, None]
-                keys = torch.where(used, keys, self.keys.gather(1, slot))
-                values = torch.where(used, values, self.values.gather(1, slot))
-            self.keys.scatter_(1, slot, keys)
-            self.values.scatter_(1, slot, values)
+        if T == 1 and lengths is None:
+            ring_write_(self.keys, self.values, keys, values, positions)
             return
+        keys, values = keys.detach(), values.detach()
         if lengths is None:
             lengths = torch.full((B,), T, device=positions.device)
         # For each slot: the offset of the newest token that belongs there, and that token's index among the T given.
@@ -132,6 +127,12 @@ class State:
             names = ("h", "conv") if isinstance(layer, RecurrentState) else ("keys", "values")
             named |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
         return named
+
+    def reserve_(self, tokens: int) -> None:
+        """Make room for documents of so many tokens: only global attention needs to."""
+        for layer in self.layers:
+            if isinstance(layer, AttentionState) and layer.grows:
+                layer.reserve_(tokens)
 
     def clone(self) -> State:
         """Copy every tensor: the two go on independently."""

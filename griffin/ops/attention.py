@@ -79,6 +79,25 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
     return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
 
 
+def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    """Write one token of each row into its slot, in place: keys[b, positions[b] % S] = k[b], values likewise.
+
+    Args:
+        keys, values: (B, S, G, K).
+        k, v: (B, 1, G, K) in the same dtype. No gradient flows through what is written.
+        positions: (B, 1) whole numbers p >= 0.
+    """
+    B, S, G, K = keys.shape
+    k, v = k.detach(), v.detach()
+    whole = keys.is_contiguous() and values.is_contiguous() and keys.dtype == k.dtype
+    if whole and library.direct(keys, values, k, v):
+        cpp.ring_write_(keys, values, k, v, positions)
+        return
+    slot = (positions % S)[..., None, None].expand(B, 1, G, K)
+    keys.scatter_(1, slot, k)
+    values.scatter_(1, slot, v)
+
+
 # Composite: PyTorch differentiates through them. A kernel for a device, with its gradient, registers on the same names.
 _library = torch.library.Library("griffin", "FRAGMENT")
 _library.define("local_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int? window) -> Tensor")

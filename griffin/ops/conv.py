@@ -47,6 +47,8 @@ def causal_conv1d(
         raise ValueError(f"state is {tuple(state.shape)} {state.dtype}; this x and weight need {before} {x.dtype}")
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
+    if library.direct(x, weight, bias, state) and weight.shape[1] <= cpp.MAX_TAPS:
+        return cpp.causal_conv1d(x, weight, bias, state, reset)
     return torch.ops.griffin.causal_conv1d(x, weight, bias, state, reset)  # type: ignore[no-any-return]
 
 

@@ -32,6 +32,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate is {tuple(gate.shape)} {gate.dtype}, but up {tuple(up.shape)} {up.dtype}")
+    if library.direct(gate, up):
+        return cpp.geglu(gate, up)
     return torch.ops.griffin.geglu(gate, up)  # type: ignore[no-any-return]
 
 

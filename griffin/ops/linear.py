@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.ops.cpu import library, linears
+from griffin.ops.residual import cast
 
 PANEL_ELEMENTS = 2**20  # weights widened to fp32 at a time: 4 MB, which stays in the cache until it is used
 
@@ -54,7 +55,7 @@ def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
         rows: Tensor = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=dtype)
         return rows.view(*hidden.shape[:-1], -1)
     if hidden.device.type == "cpu" and dtype == torch.float32:
-        return linear(hidden.to(dtype), weight)
+        return linear(cast(hidden, dtype), weight)
     if weight.dtype == dtype or torch.is_grad_enabled():
         return F.linear(hidden.to(dtype), weight.to(dtype))
     # Widened a slab at a time: the whole of a 256k vocabulary in fp32 would double a bf16 model's memory.
@@ -85,6 +86,8 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     N, block, _ = weight.shape
     if N * block != R or weight.shape[2] != block or bias.shape != (N, block):
         raise ValueError(f"x has {R} channels, but weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}")
+    if 0 < B * T <= linears.MOST_ROWS and library.direct(x, weight, bias) and weight.dtype == bias.dtype:
+        return linears.gates(x, weight, bias)
     blocks = x.reshape(B * T, N, block).transpose(0, 1)
     y = torch.baddbmm(bias.to(x.dtype)[:, None], blocks, weight.to(x.dtype))  # (N, B * T, R / N)
     return y.transpose(0, 1).reshape(B, T, R)

@@ -32,6 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.dim() != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(f"weight is {tuple(weight.shape)}; this x {tuple(x.shape)} needs {tuple(x.shape[-1:])}")
+    if library.direct(x, weight):
+        return cpp.rms_norm(x, weight, eps)[0]
     return torch.ops.griffin.rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
 

@@ -67,6 +67,8 @@ def rg_lru(
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
     h0 = initial_state(x, h0)
+    if library.direct(x, input_gate, recurrent_gate, recurrent_param, h0):
+        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)[:2]
     bound = float("inf") if max_sqrt_gradient is None else max_sqrt_gradient
     y, h_last, _ = torch.ops.griffin.rg_lru(
         x, input_gate, recurrent_gate, recurrent_param, h0, reset, bound, unscaled_first_token

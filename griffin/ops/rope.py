@@ -24,9 +24,28 @@ def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tu
     Returns:
         cos, sin: (B, T, rope_width / 2) fp32.
     """
+    if positions.device.type == "cpu" and library.direct() and type(positions) is Tensor:
+        return cpp.rope_table(positions.to(torch.int64), rope_width, base)
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
+
+
+def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the position of each row's next token and whether it starts a document, and add one to `position`.
+
+    Args:
+        position: (B,) int64, changed in place.
+
+    Returns:
+        positions: (B, 1) int64, what `position` was.
+        reset: (B, 1) bool, positions == 0.
+    """
+    if position.device.type == "cpu" and library.direct() and position.is_contiguous():
+        return cpp.next_positions(position)
+    positions = position[:, None].clone()
+    position += 1
+    return positions, positions == 0
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -51,6 +70,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.shape[-1]
     if x.dim() != 4 or cos.shape != sin.shape or cos.shape[:2] != x.shape[:2] or 2 * n > x.shape[3]:
         raise ValueError(f"x {tuple(x.shape)}, table {tuple(cos.shape)}: they must be (B, T, H, K>=2n) and (B, T, n)")
+    if library.direct(x, cos, sin):
+        return cpp.rope(x, cos, sin)
     return torch.ops.griffin.rope(x, cos, sin)  # type: ignore[no-any-return]
 
 

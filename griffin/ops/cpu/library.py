@@ -19,7 +19,7 @@ PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
-_VALUES = {"p": "Q", "i": "q", "f": "f4x"}  # how `struct` packs one Value of csrc/abi.h
+_VALUES = {"p": "Q", "i": "q", "f": "f4x", "d": "d"}  # how `struct` packs one Value of csrc/abi.h
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ def serves_each(*tensors: Tensor | None) -> bool:
     return all(type(t) in _PLAIN and t.dtype in _TYPES and t.device.type == "cpu" for t in given)
 
 
+def direct(*tensors: Tensor | None) -> bool:
+    """As `serves_each`, and nothing records a gradient or compiles: the dispatcher, 10 us a call, can be left out."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and serves_each(*tensors)
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """Take the pure-torch definitions instead, in every thread, inside the `with`."""
@@ -89,7 +94,7 @@ class Kernel:
     Args:
         name: as in KERNEL(name, ...) of its C++ file.
         signature: one letter per argument after the thread pool: p for a tensor or None, i for a whole number or a
-            truth value, f for fp32. Spaces are for the reader.
+            truth value, f for fp32, d for fp64. Spaces are for the reader.
     """
 
     def __init__(self, name: str, signature: str) -> None:
@@ -120,7 +125,19 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 def fp32(parameter: Tensor) -> Tensor:
     """Give a parameter as kernels take them: they are small, and fp32 whatever the dtype of the activations."""
-    return parameter.to(torch.float32).contiguous()
+    return converted(parameter, torch.float32)
+
+
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the values in another dtype, contiguous."""
+    tensor = tensor.contiguous()
+    if tensor.dtype == dtype:
+        return tensor
+    if tensor.dtype not in _TYPES or dtype not in _TYPES:
+        return tensor.to(dtype)
+    out = torch.empty(tensor.shape, dtype=dtype)
+    _convert(dtype, tensor, out, tensor.numel())
+    return out
 
 
 def _address(tensor: Tensor) -> int:
@@ -162,6 +179,7 @@ def _torch_parallel_for() -> int | None:
     return None
 
 
+_convert = Kernel("convert", "pp i")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _chosen: Loaded | None = None  # what a `with` of this file asks for; None: the library beside it
 

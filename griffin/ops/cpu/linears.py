@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu.library import Kernel
+from griffin.ops.cpu.library import Kernel, empty_like
 
 MOST_ROWS = 16  # rows of x up to which W is read once; beyond, a matrix product does more per byte
 
 _KERNELS = {
     torch.float32: Kernel("linear_fp32", "pp pi p iii"),
     torch.bfloat16: Kernel("linear_bf16", "pp pi p iii"),
+}
+_GATES = {
+    torch.float32: Kernel("gates_fp32", "ppp p iii"),
+    torch.bfloat16: Kernel("gates_bf16", "ppp p iii"),
 }
 _int8 = Kernel("linear_int8", "ppp pi pp iii")
 _int4 = Kernel("linear_int4", "ppp pi pp iiii")
@@ -27,6 +31,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(N, O)
     kernel = _KERNELS[weight.dtype]
     kernel(x.dtype, x.contiguous(), weight.contiguous(), *_bias(bias), y, N, K, O)
+    return y
+
+
+def gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, T, R), weight (N, R / N, R / N), bias (N, R / N), both of one dtype."""
+    y, (blocks, width) = empty_like(x), bias.shape
+    kernel, rows = _GATES[weight.dtype], x.numel() // (blocks * width)
+    kernel(x.dtype, x.contiguous(), weight.contiguous(), bias.contiguous(), y, rows, blocks, width)
     return y
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from griffin.ops.cpu.library import Kernel, empty_like, fp32
+
+DTYPES = (torch.float32, torch.bfloat16)  # of activations
 
 _NORM_ROWS = 16  # rows of one backward task, as in csrc/rms_norm.cpp
 
@@ -13,6 +16,14 @@ _rms_norm_backward = Kernel("rms_norm_backward", "pppp ppp ii")
 _geglu_forward = Kernel("geglu_forward", "pp p i")
 _geglu_backward = Kernel("geglu_backward", "ppp pp i")
 _rope = Kernel("rope", "ppp p iiii i")
+_rope_table = Kernel("rope_table", "ppp ii d")
+_next_positions = Kernel("next_positions", "ppp i")
+_embed = {torch.float32: Kernel("embed_fp32", "ppp ii f"), torch.bfloat16: Kernel("embed_bf16", "ppp ii f")}
+_embed_int8 = Kernel("embed_int8", "ppp p ii f")
+_embed_int4 = Kernel("embed_int4", "ppp p iiii f")
+_add = Kernel("add", "ppp i")
+_copy = Kernel("copy", "pp i")
+_soft_cap = Kernel("soft_cap", "pp i f")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,3 +59,57 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
     y, (B, T, H, K) = empty_like(x), x.shape
     _rope(x.dtype, x.contiguous(), fp32(cos), fp32(sin), y, B * T, H, K, cos.shape[-1], inverse)
     return y
+
+
+def rope_table(positions: Tensor, rope_width: int, base: float) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.empty(*positions.shape, rope_width // 2) for _ in range(2))
+    _rope_table(torch.float32, positions.contiguous(), cos, sin, positions.numel(), rope_width // 2, base)
+    return cos, sin
+
+
+def next_positions(position: Tensor) -> tuple[Tensor, Tensor]:
+    """Give positions = position (B, 1) and reset = positions == 0, and add one to position (B,) in place."""
+    positions = torch.empty(len(position), 1, dtype=torch.int64)
+    reset = torch.empty(len(position), 1, dtype=torch.bool)
+    _next_positions(torch.float32, position, positions, reset, len(position))
+    return positions, reset
+
+
+def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:
+    y = torch.empty(*tokens.shape, weight.shape[1], dtype=dtype)
+    scale = 1.0 if scale is None else scale
+    _embed[weight.dtype](dtype, _int64(tokens), weight.contiguous(), y, tokens.numel(), weight.shape[1], scale)
+    return y
+
+
+def quantized_embed(
+    tokens: Tensor, q: Tensor, scales: Tensor, width: int, group: int | None, dtype: torch.dtype, scale: float | None
+) -> Tensor:
+    y = torch.empty(*tokens.shape, width, dtype=dtype)
+    tensors = (_int64(tokens), q.contiguous(), scales.contiguous(), y)
+    scale = 1.0 if scale is None else scale
+    if group is None:
+        _embed_int8(dtype, *tensors, tokens.numel(), width, scale)
+    else:
+        _embed_int4(dtype, *tensors, tokens.numel(), width, 2 * q.shape[1], group, scale)
+    return y
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    out = empty_like(x)
+    _add(x.dtype, x.contiguous(), y.contiguous(), out, x.numel())
+    return out
+
+
+def copy_(target: Tensor, source: Tensor) -> None:
+    _copy(torch.float32, source.contiguous(), target, target.nbytes)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    out = empty_like(logits)
+    _soft_cap(torch.float32, logits.contiguous(), out, logits.numel(), cap)
+    return out
+
+
+def _int64(tokens: Tensor) -> Tensor:
+    return tokens.to(torch.int64).contiguous()

@@ -15,6 +15,7 @@ union Value {
   void* pointer;
   int64_t whole;
   float real;
+  double precise;
 };
 
 typedef void (*Exported)(ParallelFor pool, const Value* values);

@@ -121,6 +121,17 @@ void ring_attention(ParallelFor pool, const T* q, const T* k, const T* v, const 
   });
 }
 
+// keys[b, position[b] % S] = k[b], values likewise: (B, S, width) and (B, width)
+template <class T>
+void ring_write(ParallelFor pool, const T* k, const T* v, const int64_t* position, T* keys, T* values, int64_t B,
+                int64_t S, int64_t width) {
+  parallel(pool, B, width, [&](int64_t b) {
+    const int64_t at = (b * S + position[b] % S) * width;
+    std::memcpy(keys + at, k + b * width, width * sizeof(T));
+    std::memcpy(values + at, v + b * width, width * sizeof(T));
+  });
+}
+
 }  // namespace
 
 #define ATTENTION_KERNELS(T)                                                                                           \
@@ -129,7 +140,13 @@ void ring_attention(ParallelFor pool, const T* q, const T* k, const T* v, const 
    int64_t S, int64_t H, int64_t G, int64_t K) {                                                                       \
     ring_attention(pool, q, k, v, position, out, scratch, {B, S, H, G, K});                                            \
   }                                                                                                                    \
-  EXPORT(ring_attention, T)
+  EXPORT(ring_attention, T)                                                                                            \
+  KERNEL(ring_write, T)                                                                                                \
+  (ParallelFor pool, const T* k, const T* v, const int64_t* position, T* keys, T* values, int64_t B, int64_t S,       \
+   int64_t width) {                                                                                                    \
+    ring_write(pool, k, v, position, keys, values, B, S, width);                                                       \
+  }                                                                                                                    \
+  EXPORT(ring_write, T)
 
 ATTENTION_KERNELS(float)
 ATTENTION_KERNELS(bf16)

@@ -1,19 +1,8 @@
 // y = gelu_tanh(gate) up, element by element; contract in griffin/ops/gated.py. All (n) of type T, contiguous.
+#include "elementwise.h"
 #include "functions.h"
-#include "kernel.h"
 
 namespace {
-
-constexpr int64_t BLOCK = 2048;  // elements of a task
-
-// task(j, lanes) for every vector of n elements
-template <class Task>
-INLINE void pointwise(ParallelFor pool, int64_t n, const Task& task) {
-  parallel(pool, pieces(n, BLOCK), BLOCK, [&](int64_t block) {
-    const int64_t end = smaller(n, (block + 1) * BLOCK);
-    for (int64_t j = block * BLOCK; j < end; j += LANES) task(j, smaller(LANES, end - j));
-  });
-}
 
 template <class T>
 void forward(ParallelFor pool, const T* gate, const T* up, T* y, int64_t n) {

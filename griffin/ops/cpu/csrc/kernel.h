@@ -42,6 +42,10 @@ template <>
 struct As<float> {
   static float from(Value v) { return v.real; }
 };
+template <>
+struct As<double> {
+  static double from(Value v) { return v.precise; }
+};
 
 template <int... I>
 struct Indices {};

@@ -20,6 +20,9 @@ INLINE float number(bf16 v) {
   return f;
 }
 
+INLINE float as_number(float v) { return v; }
+INLINE float as_number(bf16 v) { return number(v); }
+
 struct Bias {
   const void* values;  // fp32 or bf16, or null
   bool is_bf16;

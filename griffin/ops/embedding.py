@@ -1,0 +1,51 @@
+"""embed: rows of a table as activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from griffin.ops.cpu import library
+from griffin.ops.cpu import pointwise as cpp
+from griffin.ops.quantized import dequantize
+
+
+def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
+    """Compute y[...] = weight[token] rounded to dtype, times scale, rounded again.
+
+    Args:
+        tokens: (...) whole numbers in 0 .. V - 1.
+        weight: (V, D) any floating dtype.
+        dtype: of the result.
+        scale: None means 1.
+
+    Returns:
+        (..., D) in dtype.
+
+    Gradient for weight.
+    """
+    if library.direct(weight) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
+        return cpp.embed(tokens, weight, dtype, scale)
+    return _scaled(F.embedding(tokens, weight).to(dtype), scale)
+
+
+def quantized_embed(
+    tokens: Tensor,
+    q: Tensor,
+    scales: Tensor,
+    in_width: int,
+    group: int | None,
+    dtype: torch.dtype,
+    scale: float | None = None,
+) -> Tensor:
+    """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
+    if library.direct(scales) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
+        return cpp.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
+    flat = tokens.flatten()
+    rows = dequantize(q[flat], scales[flat], in_width, group).to(dtype)
+    return _scaled(rows.view(*tokens.shape, in_width), scale)
+
+
+def _scaled(rows: Tensor, scale: float | None) -> Tensor:
+    return rows if scale is None else rows * scale

@@ -1,0 +1,117 @@
+"""The tokens of one call as the layers see them: positions, resets, padding, angles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from griffin.config import GriffinConfig
+from griffin.ops import next_positions_, rope_table
+from griffin.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What every layer needs to know of the tokens of one call."""
+
+    start: Tensor  # (B,) int64, State.position before the call
+    positions: Tensor  # (B, T) int64, offset of each token in its document; 0 starts a document
+    reset: Tensor  # (B, T) bool, positions == 0, and False on padding
+    lengths: Tensor | None  # (B,) tokens of each row that count, from the left; None: all T
+    padding: Tensor | None  # (B, T) bool, True beyond lengths; None: nowhere
+    cos: Tensor  # (B, T, rope_width / 2) fp32
+    sin: Tensor  # (B, T, rope_width / 2) fp32
+    earlier: int  # tokens before the call that some query may see
+    longest: int  # State.longest after the call
+
+
+def span_of(
+    config: GriffinConfig, tokens: Tensor, state: State | None, positions: Tensor | None, lengths: Tensor | None
+) -> Span:
+    """Check the arguments of `Griffin.forward` before anything is written, and derive what the layers share."""
+    if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}; it must be (B, T>0) int64 or int32")
+    B, T = tokens.shape
+    if state is not None and state.batch_size != B:
+        raise ValueError(f"tokens has {B} rows, the state {state.batch_size}: use new_state({B}) or rows()")
+    for name, tensor, shape in (("positions", positions, (B, T)), ("lengths", lengths, (B,))):
+        if tensor is not None and (tensor.shape != shape or tensor.is_floating_point()):
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {shape} whole numbers")
+    checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    padding = None
+    if lengths is not None:
+        if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+            raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
+        padding = torch.arange(T, device=tokens.device) >= lengths[:, None]
+    if checked and tokens.numel():
+        check_tokens(tokens if padding is None else tokens.masked_fill(padding, 0), config.vocab_size)
+    start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
+    longest = 0 if state is None else state.longest
+    if positions is None:
+        positions = start[:, None] + torch.arange(T, device=tokens.device)
+        longest += T
+    else:
+        positions = positions.to(torch.int64)
+        if checked and B:
+            _check_positions(positions, start if state is not None else None, padding)
+        longest = max(longest, int(positions.max()) + 1) if state is not None and B else 0
+    reset = positions == 0
+    if padding is not None:
+        reset = reset & ~padding
+    cos, sin = rope_table(positions, config.rope_width, config.rope_base)
+    earlier = 0
+    if state is not None:
+        earlier = state.longest if config.window is None else min(state.longest, config.window)
+        state.reserve_(longest)
+    return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest)
+
+
+def next_span_(config: GriffinConfig, state: State) -> Span:
+    """Give the span of one more token for each row, and let state.position stand after it: all in kernels on a CPU.
+
+    What the host counts, state.longest and the slots of global attention, is the caller's to advance.
+    """
+    start = state.position
+    positions, reset = next_positions_(start)
+    cos, sin = rope_table(positions, config.rope_width, config.rope_base)
+    return Span(start, positions, reset, None, None, cos, sin, earlier=0, longest=state.longest)
+
+
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless all tokens are within 0 .. vocab_size - 1. On a GPU this waits for the device."""
+    low, high = (int(value) for value in torch.aminmax(tokens))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token {low if low < 0 else high} is not in the vocabulary 0 .. {vocab_size - 1}; "
+            "was the text encoded with this model's tokenizer?"
+        )
+
+
+def advance_(state: State, span: Span) -> None:
+    """Let the state stand after the tokens of a call."""
+    if span.lengths is None:
+        after = span.positions[:, -1] + 1
+    else:
+        last = (span.lengths - 1).clamp(min=0)[:, None]
+        after = torch.where(span.lengths > 0, span.positions.gather(1, last)[:, 0] + 1, state.position)
+    state.position.copy_(after)
+    state.longest = span.longest
+
+
+def _check_positions(positions: Tensor, start: Tensor | None, padding: Tensor | None) -> None:
+    """Refuse offsets that neither go on by one nor start a document."""
+    follows = torch.ones_like(positions, dtype=torch.bool)
+    follows[:, 1:] = positions[:, 1:] == positions[:, :-1] + 1
+    follows[:, 0] = positions[:, 0] >= 0 if start is None else positions[:, 0] == start
+    wrong = ~(follows | (positions == 0))
+    if padding is not None:
+        wrong &= ~padding
+    if wrong.any():
+        b, t = (int(i) for i in wrong.nonzero()[0])
+        before = positions[b, t - 1] if t else (-1 if start is None else start[b] - 1)
+        raise ValueError(
+            f"positions[{b}, {t}]={int(positions[b, t])} must be {int(before) + 1} (the next token) "
+            "or 0 (a new document)"
+        )
