@@ -251,6 +251,10 @@ class Griffin(nn.Module):
         """(V, D), the input embedding and the output matrix; of a quantised model, a widened copy."""
         return cast(Tensor, self.model["embed_tokens"].weight)
 
+    @property
+    def device(self) -> torch.device:
+        return cast(Tensor, self.model["final_norm"].weight).device
+
     def forward(
         self,
         tokens: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 from griffin.errors import GriffinError
 from griffin.infer.prefill import Progress, prefill
 from griffin.infer.sample import Choice, Sampling, sample
+from griffin.infer.step import DecodeStep
 from griffin.infer.stop import StopGate
 from griffin.model import Griffin
 from griffin.state import State
@@ -152,6 +153,7 @@ class Generation:
     ) -> None:
         self.model, self.rows, self.num_top, self.chunk, self.progress = model, rows, num_top, chunk, progress
         self._live, self._state = list(rows), state
+        self._step: DecodeStep | None = None  # of the rows that are left
         self._seen: Tensor | None = None
         if any(row.sampling.repetition_penalty not in (None, 1.0) for row in rows):
             self._seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=state.position.device)
@@ -181,11 +183,10 @@ class Generation:
             self.model, self._state, [row.prompt for row in self.rows], chunk=self.chunk, progress=self.progress
         )
         pieces = [row.piece((), "", "length") for row in self._live if row.max_tokens == 0]
-        going = self._leave()
-        hidden = hidden[going]
+        logits = self._logits(hidden[self._leave()])
         yield from pieces
         while self._live:
-            choice = self._choose(hidden)
+            choice = self._choose(logits)
             pieces = [
                 row.take(token, logprob, top)
                 for row, token, logprob, top in zip(self._live, choice.ids, choice.logprobs, choice.top, strict=True)
@@ -193,23 +194,29 @@ class Generation:
             going = self._leave()
             yield from pieces
             if self._live:
-                hidden = self._read([choice.ids[index] for index in going])
+                logits = self._read([choice.ids[index] for index in going])
 
     @torch.no_grad()
-    def _choose(self, hidden: Tensor) -> Choice:
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    @torch.no_grad()
+    def _choose(self, logits: Tensor) -> Choice:
         samplings, generators = zip(*((row.sampling, row.generator) for row in self._live), strict=True)
-        return sample(self.model.logits(hidden), samplings, generators, self._seen, num_top=self.num_top)
+        return sample(logits, samplings, generators, self._seen, num_top=self.num_top)
 
     @torch.no_grad()
     def _read(self, ids: list[int]) -> Tensor:
-        """Let the model read one token of each live row: (B, D)."""
-        tokens = torch.tensor(ids, device=self._state.position.device)[:, None]
-        hidden = self.model(tokens, self._state)
+        """Let the model read one token of each live row, and give the logits of the next: (B, V)."""
+        tokens = torch.tensor(ids, device=self._state.position.device)
+        if self._step is None:
+            self._step = DecodeStep(self.model, self._state)
+        logits = self._step(tokens)
         for row in self._live:
             row.last_read = True
         if self._seen is not None:
-            self._seen.scatter_(1, tokens, True)
-        return hidden[:, -1]  # type: ignore[no-any-return]
+            self._seen.scatter_(1, tokens[:, None], True)
+        return logits
 
     def _leave(self) -> list[int]:
         """Take finished rows out of the batch, and say which rows of it stay."""
@@ -219,7 +226,7 @@ class Generation:
                 if row.finish_reason is not None:
                     row.state = self._state.rows([index])
             self._live = [self._live[index] for index in going]
-            self._state = self._state.rows(going)
+            self._state, self._step = self._state.rows(going), None
             self._seen = None if self._seen is None else self._seen[going]
         return going
 

@@ -18,13 +18,16 @@ DEFINITIONS = {
     "rope": "PyTorch, elementwise",
     "linear": "PyTorch matmul",
     "block_diagonal_linear": "PyTorch matmul",
+    "embed": "PyTorch indexing",
+    "soft_cap": "PyTorch tanh",
     "output_linear": "PyTorch matmul",
     "quantized_linear": "PyTorch matmul of widened weights",
 }
-# In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32.
+# In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32. embed, soft_cap and
+# block_diagonal_linear where no gradient is recorded.
 CPU_KERNELS = (
     *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "rope"),
-    *("linear", "output_linear", "quantized_linear"),
+    *("linear", "output_linear", "quantized_linear", "block_diagonal_linear", "embed", "soft_cap"),
 )
 
 

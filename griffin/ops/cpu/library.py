@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,6 +89,42 @@ def using(instructions: str | None = None, path: Path | None = None) -> Iterator
         yield
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A kernel, its packed values, and the arguments they came from, which keep the memory alive."""
+
+    function: Any
+    values: bytes
+    arguments: tuple[Tensor | float | None, ...]
+
+
+class _Kept(threading.local):
+    calls: list[Call] | None = None
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def keeping(calls: list[Call]) -> Iterator[None]:
+    """Append every kernel call that this thread makes inside the `with`."""
+    before, _kept.calls = _kept.calls, calls
+    try:
+        yield
+    finally:
+        _kept.calls = before
+
+
+def replay() -> tuple[Any, int | None]:
+    """Give griffin_replay of csrc/abi.cpp, and the thread pool that is its first argument."""
+    now = _now()
+    assert now.library is not None
+    function = now.library.griffin_replay
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    function.restype = None
+    return function, now.pool
+
+
 class Kernel:
     """One kernel of the library, callable with tensors and numbers.
 
@@ -108,6 +145,8 @@ class Kernel:
         function = self.functions.get((id(now.library), now.instructions, dtype)) or self._find(now, dtype)
         values = self.pack(*[_address(a) if isinstance(a, Tensor) else (0 if a is None else a) for a in arguments])
         function(now.pool, values)
+        if _kept.calls is not None:
+            _kept.calls.append(Call(function, values, arguments))
 
     def _find(self, now: Loaded, dtype: torch.dtype) -> Callable[[int | None, bytes], None]:
         assert now.library is not None
