@@ -4,24 +4,60 @@
 //
 // All tensors are contiguous: x (N, K), W (O, K), b (O) or null, y (N, O). X is the type of x and y.
 //
-// A task is ROWS rows of W. Each tile of 4 of them is multiplied with 3 rows of x at a time: after the first pass those
-// rows of W are in the cache. A sum runs over k in eight lanes, in one order whatever N, the tile or the thread: a row
-// gives the same bits alone as in a batch.
+// A task is ROWS rows of W, in tiles of 4. A tile is multiplied with 3 rows of x at a time, a span of inputs after the
+// other: after the first pass the span is in the cache. A sum runs over k in eight lanes, in one order whatever N, the
+// tile or the thread: a row gives the same bits alone as in a batch.
 #include "kernel.h"
 #include "rows.h"
 #include "vec.h"
 
 namespace {
 
+constexpr int64_t SPAN = 1024, MOST = 16;  // the most inputs of a pass over all rows of x; the most rows of x
+
+// sums[n][m] += a span of M rows of W times one of N rows of x, three of them at a time.
+template <int M, class W, class X>
+INLINE void add_span(const W* w, const X* x, int64_t N, int64_t K, int64_t count, Ahead<W> ahead, Vec* sums) {
+  for (int64_t n = 0; n < N; n += 3, ++ahead.share) {
+    const auto rows = [&](auto n_count) __attribute__((always_inline)) {
+      constexpr int NB = decltype(n_count)::value;
+      Vec part[M][NB];
+      for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NB; ++j) part[m][j] = sums[(n + j) * M + m];
+      dots_span<M, NB>(w, x + n * K, K, count, ahead, part);
+      for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NB; ++j) sums[(n + j) * M + m] = part[m][j];
+    };
+    if (N - n >= 3) rows(Count<3>());
+    if (N - n == 2) rows(Count<2>());
+    if (N - n == 1) rows(Count<1>());
+  }
+}
+
+// A tile of M rows of W against all N rows of x, a span of inputs at a time: while the sums of one span are made, the
+// next one comes from memory.
+template <int M, class W, class X>
+INLINE void tile(const W* w, const X* x, Bias bias, X* y, int64_t o, int64_t N, int64_t K, int64_t O) {
+  constexpr int64_t STEP = LINE / sizeof(W);
+  Vec sums[MOST * M];
+  for (int64_t i = 0; i < N * M; ++i) sums[i] = splat(0.0f);
+  const int64_t passes = pieces(N, 3), span = pieces(pieces(K, pieces(K, SPAN)), STEP) * STEP;
+  for (int64_t k = 0; k < K; k += span) {
+    const int64_t count = smaller(span, K - k);
+    const W* next = k + span < K ? w + k + span : w + M * K;
+    add_span<M>(w + k, x + k, N, K, count, {next, 0, passes}, sums);
+  }
+  for (int64_t n = 0; n < N; ++n)
+    for (int m = 0; m < M; ++m) put(y + n * O + o + m, sum(sums[n * M + m]) + bias.at(o + m));
+}
+
 template <class W, class X>
 void linear(ParallelFor pool, const X* x, const W* w, Bias bias, X* y, int64_t N, int64_t K, int64_t O) {
-  const int64_t ahead = prefetch_distance(K * sizeof(W));
-  for_row_tiles(pool, O, N, K, [&](auto m_count, auto n_count, int64_t o, int64_t n) {
-    constexpr int M = decltype(m_count)::value, NB = decltype(n_count)::value;
-    Vec acc[M][NB] = {};
-    dots<M, NB>(w + o * K, K, x + n * K, K, ahead, acc);
-    for (int m = 0; m < M; ++m)
-      for (int j = 0; j < NB; ++j) put(y + (n + j) * O + o + m, sum(acc[m][j]) + bias.at(o + m));
+  parallel(pool, pieces(O, ROWS), ROWS * K, [&](int64_t task) {
+    const int64_t end = smaller(O, (task + 1) * ROWS);
+    int64_t o = task * ROWS;
+    for (; o + 4 <= end; o += 4) tile<4>(w + o * K, x, bias, y, o, N, K, O);
+    for (; o < end; ++o) tile<1>(w + o * K, x, bias, y, o, N, K, O);
   });
 }
 

@@ -66,6 +66,37 @@ INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t ahead, 
   }
 }
 
+// What to ask memory for while sums are made: rows m with m % shares == share of M of them from `from` on.
+template <class W>
+struct Ahead {
+  const W* from;
+  int64_t share, shares;
+};
+
+// As dots, over `count` of K inputs.
+template <int M, int N, class W, class X>
+INLINE void dots_span(const W* w, const X* x, int64_t K, int64_t count, const Ahead<W>& ahead, Vec (&acc)[M][N]) {
+  constexpr int64_t STEP = LINE / sizeof(W);
+  int64_t k = 0;
+  for (; k + STEP <= count; k += STEP) {
+    for (int64_t m = ahead.share; m < M; m += ahead.shares) __builtin_prefetch(ahead.from + m * K + k);
+#pragma GCC unroll 4
+    for (int64_t j = k; j < k + STEP; j += LANES) {
+      Vec v[N];
+      for (int n = 0; n < N; ++n) v[n] = load(x + n * K + j);
+      for (int m = 0; m < M; ++m) {
+        const Vec weights = load(w + m * K + j);
+        for (int n = 0; n < N; ++n) acc[m][n] = fma(weights, v[n], acc[m][n]);
+      }
+    }
+  }
+  for (; k < count; k += LANES) {
+    const int64_t lanes = smaller(LANES, count - k);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * K + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
+  }
+}
+
 // Call tile(Count<M>, Count<N>, o, n) so that rows o .. o+M-1 of W meet rows n .. n+N-1 of x, every pair once.
 template <class Tile>
 void for_row_tiles(ParallelFor pool, int64_t O, int64_t N, int64_t K, const Tile& tile) {
