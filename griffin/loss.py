@@ -104,7 +104,10 @@ class _CrossEntropy(torch.autograd.Function):
             d_logits.mul_(counted[:, None])
             d_logits = d_logits.to(narrow)
             d_hidden[span] = _matmul(d_logits, weight, wide)
-            d_weight += _matmul(d_logits.T, h, wide)
+            if narrow == wide:
+                d_weight.addmm_(d_logits.T, h)  # no (V, D) of its own for the product
+            else:
+                d_weight += _matmul(d_logits.T, h, wide)
         if d_hidden is not None and d_weight is not None:
             ctx.save_for_backward(d_hidden, d_weight.to(embedding.dtype))
         return nats

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from griffin.config import GriffinConfig
 from griffin.ops import (
@@ -217,6 +218,8 @@ class Griffin(nn.Module):
         activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
             mixed-precision training.
         generator: the source of the initial weights; None is PyTorch's default generator.
+        recompute: keep only the input of each block for the backward pass, and compute the block again there: the
+            activations of one block in memory instead of all, for about a third more time.
     """
 
     def __init__(
@@ -227,9 +230,10 @@ class Griffin(nn.Module):
         dtype: torch.dtype = torch.float32,
         activation_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.activation_dtype = activation_dtype or dtype
         self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
@@ -293,7 +297,10 @@ class Griffin(nn.Module):
         """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
         x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
         for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
-            x = block(x, None if state is None else state.layers[index], span)
+            if self.recompute and state is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, None, span, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, None if state is None else state.layers[index], span)
         return self.model["final_norm"](x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from griffin import PRESETS, Griffin, State
+from griffin.config import griffin_pattern
 from griffin.ops.rg_lru import C
 from griffin.state import AttentionState
 
@@ -383,3 +384,28 @@ def test_cuda_gradients_equal_cpu(make_model: MakeModel) -> None:
     found = torch.autograd.grad(on_gpu(ids.cuda()).square().sum(), list(on_gpu.parameters()))
     for a, b in zip(found, expected, strict=True):
         assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_recomputed_activations_give_the_same_gradients_from_less_memory() -> None:
+    """Bit for bit, keeping little more than one input per block."""
+    config = replace(PRESETS["griffin-tiny"], block_types=griffin_pattern(12))
+    ids = torch.randint(0, config.vocab_size, (2, 64))
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model = Griffin(config, generator=torch.Generator().manual_seed(0), recompute=recompute)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids).square().sum()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    inputs = config.num_layers * 2 * 64 * config.width * 4
+    assert inputs <= kept[1] < 2 * inputs
+    assert kept[1] < kept[0] / 8

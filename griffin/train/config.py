@@ -41,6 +41,7 @@ class TrainConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0  # longest gradient, in the 2-norm over all parameters
     dtype: Dtype = "fp32"  # bf16: fp32 weights and optimizer with bf16 activations
+    recompute: bool = False  # keep one input per block for the backward pass: less memory, a third more time
     seed: int = 0  # of the initial weights and of the order of the data
     validate_every: int = 200  # steps; also at the end
     validation_rows: int = 64  # rows of row_tokens, the same ones each time, spread over the validation data

@@ -270,11 +270,13 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
     activations = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     if init_from is None:
         generator = torch.Generator(device).manual_seed(config.seed)
-        return Griffin(model, device=device, activation_dtype=activations, generator=generator)
+        return Griffin(
+            model, device=device, activation_dtype=activations, generator=generator, recompute=config.recompute
+        )
     loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
     if loaded.config != model:
         raise GriffinError(f"{init_from} is of another config than model=; leave model=None to take its own")
-    loaded.activation_dtype = activations
+    loaded.activation_dtype, loaded.recompute = activations, config.recompute
     return loaded
 
 
