@@ -21,7 +21,7 @@ DEFINITIONS = {
     "output_linear": "PyTorch matmul",
     "quantized_linear": "PyTorch matmul of widened weights",
 }
-# In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32.
+# In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32 or (int8 weights) int8.
 CPU_KERNELS = (
     *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "rope"),
     *("linear", "output_linear", "quantized_linear"),

@@ -81,6 +81,20 @@ INLINE Short nibbles(UShort packed) {
   return (Short)(PART == 3 ? packed >> 12 : (packed >> (4 * PART)) & 15);
 }
 
+typedef int16_t EightShorts __attribute__((vector_size(16)));
+
+INLINE Vec low_half(Short v) {
+  EightShorts half;
+  std::memcpy(&half, &v, sizeof half);
+  return __builtin_convertvector(half, Vec);
+}
+
+INLINE Vec high_half(Short v) {
+  EightShorts half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  return __builtin_convertvector(half, Vec);
+}
+
 // part[n] += inputs 16 FIRST .. 16 LAST - 1 of one block of a row of W, times those of x.
 template <int FIRST, int LAST, int N>
 INLINE void add_block(const uint8_t* w, const int16_t* numbers, int64_t padded, Int (&part)[N]) {
@@ -193,14 +207,23 @@ KERNEL(widen_int4, float)
 (ParallelFor pool, const uint8_t* w, const bf16* scale, float* to, int64_t O, int64_t K, int64_t padded,
  int64_t group) {
   parallel(pool, O, K, [&](int64_t o) {
-    for (int64_t k = 0; k < K; k += SHORTS) {
-      const int64_t in_block = k % PACKED, base = o * padded / 2 + (k - in_block) / 2;
-      UShort numbers = load_packed(w + base);
-      for (int64_t j = 0; j < in_block; j += SHORTS) numbers >>= 4;
-      numbers = (numbers & 15) - 8;
-      const float s = number(scale[o * (padded / group) + k / group]);
-      const int64_t count = smaller(SHORTS, K - k);
-      for (int64_t j = 0; j < count; ++j) to[o * K + k + j] = s * static_cast<int16_t>(numbers[j]);
+    for (int64_t k = 0; k < K; k += PACKED) {
+      const UShort packed = load_packed(w + (o * padded + k) / 2);
+      const bf16* scales = scale + o * (padded / group);
+      const auto widen_part = [&](auto index) __attribute__((always_inline)) {
+        constexpr int PART = decltype(index)::value;
+        const int64_t first = k + PART * SHORTS, count = smaller(SHORTS, K - first);
+        if (count <= 0) return;
+        const Short q = nibbles<PART>(packed) - 8;
+        const Vec s = splat(number(scales[first / group]));
+        float* at = to + o * K + first;
+        store(at, s * low_half(q), smaller(LANES, count));
+        if (count > LANES) store(at + LANES, s * high_half(q), count - LANES);
+      };
+      widen_part(Count<0>());
+      widen_part(Count<1>());
+      widen_part(Count<2>());
+      widen_part(Count<3>());
     }
   });
 }
