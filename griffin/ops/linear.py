@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from griffin.ops.cpu import library, linears
 
-# Weights widened to fp32 at a time (8 MB), and rows of x that meet them. Smaller ones stay nearer in the cache, but a
+# Weights widened to fp32 at a time (8 MB), and rows of a bf16 x that meet them. Fewer stay nearer in the cache, but a
 # product of them is slower: with 2**19 weights by a tenth, with 256 rows as much.
 PANEL_ELEMENTS, PANEL_ROWS = 2**21, 1024
 
@@ -156,18 +156,20 @@ def by_panels(x: Tensor, out_width: int, widen: Callable[[slice, Tensor], object
     y = x.new_empty(N, O)
     step = max(1, min(O, _panel_rows(K)))
     panel_memory = torch.empty(step, K, dtype=torch.float32)
-    sum_memory = torch.empty(0 if x.dtype == torch.float32 else min(N, PANEL_ROWS) * step, dtype=torch.float32)
+    direct = x.dtype == torch.float32  # sums are the result
+    num_rows = max(1, N) if direct else PANEL_ROWS
+    sum_memory = torch.empty(0 if direct else min(N, num_rows) * step, dtype=torch.float32)
     for first in range(0, O, step):
         panel = slice(first, min(O, first + step))
         w = panel_memory[: panel.stop - first]
         widen(panel, w)
-        for rows, out in zip(wide.split(PANEL_ROWS), y[:, panel].split(PANEL_ROWS), strict=True):
-            sums = out if out.dtype == torch.float32 else sum_memory[: out.numel()].view(out.shape)
+        for rows, out in zip(wide.split(num_rows), y[:, panel].split(num_rows), strict=True):
+            sums = out if direct else sum_memory[: out.numel()].view(out.shape)
             if b is None:
                 torch.mm(rows, w.T, out=sums)
             else:
                 torch.addmm(b[panel], rows, w.T, out=sums)
-            if sums is not out:
+            if not direct:
                 out.copy_(sums)
     return y
 

@@ -95,6 +95,15 @@ INLINE Vec high_half(Short v) {
   return __builtin_convertvector(half, Vec);
 }
 
+// The first `count` (1 .. 16, or more) of inputs 16 PART .. 16 PART + 15 of a block, in fp32, to block + 16 PART.
+template <int PART>
+INLINE void widen_part(UShort packed, Vec scale, float* block, int64_t count) {
+  const Short q = nibbles<PART>(packed) - 8;
+  float* to = block + PART * SHORTS;
+  store(to, scale * low_half(q), smaller(LANES, count));
+  if (count > LANES) store(to + LANES, scale * high_half(q), smaller(LANES, count - LANES));
+}
+
 // part[n] += inputs 16 FIRST .. 16 LAST - 1 of one block of a row of W, times those of x.
 template <int FIRST, int LAST, int N>
 INLINE void add_block(const uint8_t* w, const int16_t* numbers, int64_t padded, Int (&part)[N]) {
@@ -207,23 +216,22 @@ KERNEL(widen_int4, float)
 (ParallelFor pool, const uint8_t* w, const bf16* scale, float* to, int64_t O, int64_t K, int64_t padded,
  int64_t group) {
   parallel(pool, O, K, [&](int64_t o) {
+    const bf16* scales = scale + o * (padded / group);
     for (int64_t k = 0; k < K; k += PACKED) {
       const UShort packed = load_packed(w + (o * padded + k) / 2);
-      const bf16* scales = scale + o * (padded / group);
-      const auto widen_part = [&](auto index) __attribute__((always_inline)) {
-        constexpr int PART = decltype(index)::value;
-        const int64_t first = k + PART * SHORTS, count = smaller(SHORTS, K - first);
-        if (count <= 0) return;
-        const Short q = nibbles<PART>(packed) - 8;
-        const Vec s = splat(number(scales[first / group]));
-        float* at = to + o * K + first;
-        store(at, s * low_half(q), smaller(LANES, count));
-        if (count > LANES) store(at + LANES, s * high_half(q), count - LANES);
-      };
-      widen_part(Count<0>());
-      widen_part(Count<1>());
-      widen_part(Count<2>());
-      widen_part(Count<3>());
+      const Vec left = splat(number(scales[k / group])), right = splat(number(scales[(k + 32) / group]));
+      float* at = to + o * K + k;
+      if (k + PACKED <= K) {
+        widen_part<0>(packed, left, at, SHORTS);
+        widen_part<1>(packed, left, at, SHORTS);
+        widen_part<2>(packed, right, at, SHORTS);
+        widen_part<3>(packed, right, at, SHORTS);
+      } else {
+        widen_part<0>(packed, left, at, K - k);
+        if (k + SHORTS < K) widen_part<1>(packed, left, at, K - k - SHORTS);
+        if (k + 2 * SHORTS < K) widen_part<2>(packed, right, at, K - k - 2 * SHORTS);
+        if (k + 3 * SHORTS < K) widen_part<3>(packed, right, at, K - k - 3 * SHORTS);
+      }
     }
   });
 }
