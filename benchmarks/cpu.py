@@ -1,4 +1,4 @@
-"""Decode and prefill of a 110M Griffin on a CPU, ours and every installed peer's, beside the machine's limits, in one run.
+"""Decode and prefill of a 110M Griffin on a CPU, ours and every installed peer's, and the machine's limits.
 
     python -m benchmarks.cpu                            # one and two threads; half an hour on two cores
     python -m benchmarks.cpu --threads 2 --only decode

@@ -22,7 +22,6 @@ BLOCK = 64
 # An int4 scale is the best of these, in squared error, times the group's largest value over -8: clipping that one a
 # little leaves finer steps for all the others.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-_PANEL_ELEMENTS = 2**20
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,26 +64,30 @@ def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
     return torch.stack([low, high], dim=-1).view(O, P // 2), best_scale[..., 0].bfloat16()
 
 
-def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None) -> Tensor:
-    """Give the (O, in_width) fp32 weights that q and scale stand for; group is None for int8."""
+def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None, out: Tensor | None = None) -> Tensor:
+    """Give the (O, in_width) fp32 weights that q and scale stand for, in `out` if given; group is None for int8."""
     if group is None:
         if library.serves(scale):
-            return linears.widen_int8(q, scale)
-        return q.float() * scale.float()[:, None]
+            return linears.widen_int8(q, scale, out)
+        return torch.mul(q, scale.float()[:, None], out=out)
     if scale.dtype == torch.bfloat16 and library.serves(scale):
-        return linears.widen_int4(q, scale, in_width, group)
+        return linears.widen_int4(q, scale, in_width, group, out)
     O, P = q.shape[0], 2 * q.shape[1]
     pairs = q.reshape(O, P // BLOCK, 16, 2).to(torch.int32)
     word = pairs[..., 0] | pairs[..., 1] << 8
     numbers = torch.stack([word >> shift & 15 for shift in (0, 4, 8, 12)], dim=2).view(O, P // group, group) - 8
-    return (numbers.float() * scale.float()[..., None]).view(O, P)[:, :in_width].contiguous()
+    wide = (numbers.float() * scale.float()[..., None]).view(O, P)[:, :in_width]
+    return wide.contiguous() if out is None else out.copy_(wide)
 
 
 def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, group: int | None) -> Tensor:
     """Compute x W^T + b with W in 8 or 4 bits; sums in fp32, rounded once to x.dtype.
 
-    On a CPU up to 16 rows of x meet W as it is stored; for more, W is widened to fp32 a panel at a time. In the first
-    case x is rounded to 16-bit whole numbers, a scale for each 128 inputs (int8) or group (int4): 2^-16 of the largest.
+    On a CPU up to 16 rows of x meet W as it is stored: x is rounded to 16-bit whole numbers, a scale for each 128
+    inputs (int8) or group (int4), so that its error is 2^-16 of the largest of them. More rows meet int8 W as it is
+    stored too, if the CPU multiplies 8-bit numbers exactly (VNNI): x is then two of them per value, with an error of
+    2^-16 of the row's largest. In all other cases W is widened to fp32 a panel at a time, and x is not rounded. So a
+    prompt read whole and in short pieces gives results that differ by that much, about 3e-5 of them.
 
     Args:
         x: (..., K) any floating dtype.
@@ -113,10 +116,14 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, g
             y = linears.linear_int8(rows, q, scale, bias)
         else:
             y = linears.linear_int4(rows, q, scale, bias, group)
+    elif group is None and rows.shape[0] > 0 and library.serves_each(x, bias) and linears.multiplies_int8(K):
+        y = linears.linear_int8_many(rows, q, scale, bias)
     else:
-        step = max(64, _PANEL_ELEMENTS // K)
-        panels = (dequantize(a, b, K, group) for a, b in zip(q.split(step), scale.split(step), strict=True))
-        y = by_panels(rows, panels, O, bias)
+
+        def widen(panel: slice, out: Tensor) -> None:
+            dequantize(q[panel], scale[panel], K, group, out)
+
+        y = by_panels(rows, O, widen, bias)
     return y.view(*x.shape[:-1], O)
 
 

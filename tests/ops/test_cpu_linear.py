@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from griffin.ops import dequantize, linear, output_linear, quantize_int4, quantize_int8, quantized_linear
 from griffin.ops import quantized as module
-from griffin.ops.cpu import library
+from griffin.ops.cpu import library, linears
 from tests.ops.test_cpu_kernels import PATHS, serving
 
 ROWS = [1, 2, 3, 5, 8, 16, 17]
@@ -170,6 +171,141 @@ def test_extreme_inputs_and_weights(path: str) -> None:
             y = quantized_linear(x, q, scale, None, group)
             assert y[0].isfinite().all()
             assert not y[1, 3:].isfinite().any()
+
+
+@pytest.mark.parametrize("group", [None, 32, 128], ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("K", [1, 7, 63, 65, 768, 2560])
+@pytest.mark.parametrize("N", [0, 17, 33, 100])
+def test_many_rows_are_their_formula(path: str, N: int, K: int, group: int | None) -> None:
+    """x as two 8-bit numbers is off by 2^-16 of its row's largest, so y by that times the weights' sum at the most."""
+    for O in (1, 5, 33, 257):
+        w, b = torch.randn(O, K), torch.randn(O)
+        q, scale = quantize_int8(w) if group is None else quantize_int4(w, group)
+        wide = dequantize(q, scale, K, group).double()
+        for dtype in DTYPES:
+            x = (torch.randn(N, K) * torch.logspace(-3, 3, N)[:, None]).to(dtype)
+            top = x.double().abs().amax(dim=1, keepdim=True)
+            bound = 1.05 * 2**-16 * top * wide.abs().sum(dim=1)  # and fp32 sums:
+            bound = bound + 1e-6 * (x.double().abs() @ wide.abs().T) + 1e-6 * b.abs()
+            for bias in (None, b, b.bfloat16()):
+                expected = x.double() @ wide.T + (0 if bias is None else bias.double())
+                rounding = expected.abs() * (2**-8 if dtype == torch.bfloat16 else 0)
+                found = quantized_linear(x, q, scale, bias, group)
+                assert found.dtype == dtype
+                assert ((found - expected).abs() <= 1.02 * bound + rounding + 1e-30).all()
+                plain = linear(x, wide.bfloat16(), bias)
+                expected = x.double() @ wide.bfloat16().double().T + (0 if bias is None else bias.double())
+                rounding = expected.abs() * (2**-8 if dtype == torch.bfloat16 else 0)
+                assert ((plain - expected).abs() <= bound + rounding + 1e-30).all()
+
+
+def test_products_of_many_rows_in_several_pieces(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("griffin.ops.cpu.linears._ROWS", 20)
+    monkeypatch.setattr("griffin.ops.cpu.linears._PANEL", 30)
+    plain = importlib.import_module("griffin.ops.linear")  # the package has a function of that name
+    monkeypatch.setattr(plain, "PANEL_ROWS", 20)
+    monkeypatch.setattr(plain, "PANEL_ELEMENTS", 70 * 65)
+    x, w, b = torch.randn(53, 65), torch.randn(157, 65), torch.randn(157)
+    for q, scale, group in ((*quantize_int8(w), None), (*quantize_int4(w, 32), 32)):
+        wide = dequantize(q, scale, 65, group)
+        for dtype in DTYPES:
+            close(
+                quantized_linear(x.to(dtype), q, scale, b, group),
+                x.to(dtype).double() @ wide.double().T + b,
+                dtype,
+                1e-4,
+            )
+            w_bf16 = w.bfloat16()
+            close(linear(x.to(dtype), w_bf16, b), x.to(dtype).double() @ w_bf16.double().T + b, dtype)
+
+
+@pytest.mark.parametrize("instructions", ["native", "portable"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_numbers_do_not_saturate(instructions: str, sign: int) -> None:
+    """127 times 127 for every pair, in both 8-bit parts of x: what 16-bit sums of two products cannot hold."""
+    with serving(instructions):
+        q, scale = torch.full((40, 768), 127 * sign, dtype=torch.int8), torch.ones(40)
+        for value in (127.0, 126.5, -127.0, -126.5):
+            x = torch.full((33, 768), value)
+            x[:, 0] = 127  # the scale is 1; 126.5 is 126 or 127, and 127 steps of 1 / 254
+            expected = x.double() @ q.double().T
+            for dtype in DTYPES if value.is_integer() else DTYPES[:1]:
+                found = quantized_linear(x.to(dtype), q, scale, None, None)
+                assert ((found - expected).abs() <= (1e-6 if dtype == torch.float32 else 2**-8) * expected.abs()).all()
+
+
+@pytest.mark.parametrize("instructions", ["native", "portable"])
+def test_many_rows_of_int8_give_the_same_bits_in_any_call_layout_and_number_of_threads(instructions: str) -> None:
+    with serving(instructions):
+        if not linears.multiplies_int8(300):
+            pytest.skip("this CPU does not multiply 8-bit numbers exactly")
+        q, scale = quantize_int8(torch.randn(90, 300))
+        for dtype in DTYPES:
+            x, b = torch.randn(600, 300).to(dtype), torch.randn(90).to(dtype)
+            expected = quantized_linear(x, q, scale, b, None)
+            for threads in (1, 2, 3, 4):
+                torch.set_num_threads(threads)
+                assert torch.equal(quantized_linear(x, q, scale, b, None), expected)
+                assert torch.equal(quantized_linear(x[5:500:3], q, scale, b, None), expected[5:500:3])
+            strided = x.T.contiguous().T
+            store = x.new_empty(x.numel() + 1)
+            store[1:] = x.flatten()
+            for other in (strided, store[1:].view(x.shape)):
+                assert torch.equal(quantized_linear(other, q, scale, b, None), expected)
+            assert torch.equal(
+                quantized_linear(x, q.T.contiguous().T, scale.repeat_interleave(2)[::2], b, None), expected
+            )
+
+
+def test_a_bad_row_among_many_spoils_itself_alone(path: str) -> None:
+    for group in GROUPS:
+        w = torch.randn(33, 300)
+        q, scale = quantize_int8(w) if group is None else quantize_int4(w, group)
+        for dtype in DTYPES:
+            x = torch.randn(40, 300).to(dtype)
+            x[7] = 0
+            good = quantized_linear(x, q, scale, None, group)
+            assert not good[7].any()
+            for bad in (torch.nan, torch.inf, -torch.inf):
+                x[20, 3] = bad
+                y = quantized_linear(x, q, scale, None, group)
+                assert not y[20].isfinite().any()
+                others = torch.arange(40) != 20
+                assert torch.equal(y[others], good[others])
+
+
+def test_an_inexact_product_of_int8_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without VNNI: the check sees saturated sums, and W is widened instead."""
+    product = torch._int_mm
+    monkeypatch.setattr(
+        torch, "_int_mm", lambda *given, **named: product(*given, **named).clamp_(-(2**15) * 16, 2**15 * 16)
+    )
+    linears._int8_is_exact.cache_clear()
+    try:
+        assert not linears.multiplies_int8(300)
+        x, (q, scale) = torch.randn(20, 300), quantize_int8(torch.randn(9, 300))
+        close(
+            quantized_linear(x, q, scale, None, None), x.double() @ dequantize(q, scale, 300, None).double().T, x.dtype
+        )
+    finally:
+        linears._int8_is_exact.cache_clear()
+
+
+def test_results_do_not_depend_on_what_memory_held(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*shape: object, **named: object) -> Tensor:
+        t = empty(*shape, **named)
+        return t.fill_(torch.nan if t.is_floating_point() else 77)
+
+    x, w, b = torch.randn(40, 300).bfloat16(), torch.randn(70, 300), torch.randn(70)
+    runs = [lambda: linear(x, w, b), lambda: linear(x, w.bfloat16(), b)]
+    for group in GROUPS:
+        q, scale = quantize_int8(w) if group is None else quantize_int4(w, group)
+        runs.append(lambda q=q, scale=scale, group=group: quantized_linear(x, q, scale, b, group))
+    before = [run() for run in runs]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", lambda t, *shape: poisoned(*shape, dtype=t.dtype))
+    assert all(torch.equal(run(), expected) for run, expected in zip(runs, before, strict=True))
 
 
 def test_a_slab_of_rows_quantises_as_within_the_whole() -> None:

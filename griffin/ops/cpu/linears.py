@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu.library import Kernel, empty_like
+from griffin.ops.cpu.library import Kernel, empty_like, fp32
 
 MOST_ROWS = 16  # rows of x up to which W is read once; beyond, a matrix product does more per byte
+MOST_INPUTS = 2**17  # sums of that many products of two 8-bit numbers fit 32 bits
 
 _KERNELS = {
     torch.float32: Kernel("linear_fp32", "pp pi p iii"),
@@ -19,10 +22,13 @@ _GATES = {
 }
 _int8 = Kernel("linear_int8", "ppp pi pp iii")
 _int4 = Kernel("linear_int4", "ppp pi pp iiii")
+_split_rows = Kernel("split_rows", "pppp ii")
+_join_rows = Kernel("join_rows", "pppp p iiii")
 _widen_int8 = Kernel("widen_int8", "ppp ii")
 _widen_int4 = Kernel("widen_int4", "ppp iiii")
 
 BLOCK, PACKED = 128, 64  # of csrc/quantized.cpp
+_ROWS, _PANEL = 512, 4096  # rows of x and of W of one product of int8: at most 16 MB of sums
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,14 +64,58 @@ def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, g
     return y
 
 
-def widen_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    wide = torch.empty(weight.shape, dtype=torch.float32)
+def linear_int8_many(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, K), each value as two 8-bit numbers, times an int8 W: csrc/split.cpp. Only if multiplies_int8(K)."""
+    (N, K), O = x.shape, weight.shape[0]
+    x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
+    bias = None if bias is None else fp32(bias)
+    y = x.new_empty(N, O)
+    rows = min(N, _ROWS)
+    numbers = torch.empty(2 * rows, K, dtype=torch.int8)
+    scales = torch.empty(rows, dtype=torch.float32)
+    memory = torch.empty(2 * rows * min(O, _PANEL), dtype=torch.int32)
+    for some, out in zip(x.split(rows), y.split(rows), strict=True):
+        n = some.shape[0]
+        both = numbers[: 2 * n]
+        _split_rows(x.dtype, some, both[:n], both[n:], scales, n, K)
+        for first in range(0, O, _PANEL):
+            panel = slice(first, first + _PANEL)
+            q = weight[panel]
+            sums = memory[: 2 * n * q.shape[0]].view(2 * n, -1)
+            torch._int_mm(both, q.T, out=sums)
+            here = None if bias is None else bias[panel]
+            _join_rows(x.dtype, sums, scales, scale[panel], here, out, n, q.shape[0], first, O)
+    return y
+
+
+def multiplies_int8(in_width: int) -> bool:
+    """Whether PyTorch's product of int8 matrices is exact, and worth its while, on this CPU and for this K.
+
+    Without VNNI instructions oneDNN adds pairs of products in 16 bits, where they saturate (127 * 255 * 2 > 32767). For
+    K = 1 PyTorch 2.13 takes W^T for W, and gives wrong numbers.
+    """
+    return 16 <= in_width <= MOST_INPUTS and _int8_is_exact()
+
+
+@functools.cache
+def _int8_is_exact() -> bool:
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False  # then it is a plain loop
+    for sign in (1, -1):
+        x, w = (torch.full((32, 64), value, dtype=torch.int8) for value in (127, 127 * sign))
+        if not (torch._int_mm(x, w.T) == 127 * 127 * 64 * sign).all():
+            return False
+    return True
+
+
+def widen_int8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    wide = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
     _widen_int8(torch.float32, weight.contiguous(), scale.contiguous(), wide, *weight.shape)
     return wide
 
 
-def widen_int4(weight: Tensor, scale: Tensor, in_width: int, group: int) -> Tensor:
-    wide = torch.empty(weight.shape[0], in_width, dtype=torch.float32)
+def widen_int4(weight: Tensor, scale: Tensor, in_width: int, group: int, out: Tensor | None = None) -> Tensor:
+    wide = torch.empty(weight.shape[0], in_width, dtype=torch.float32) if out is None else out
     _widen_int4(torch.float32, weight.contiguous(), scale.contiguous(), wide, *wide.shape, 2 * weight.shape[1], group)
     return wide
 

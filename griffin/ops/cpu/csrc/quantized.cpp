@@ -81,6 +81,29 @@ INLINE Short nibbles(UShort packed) {
   return (Short)(PART == 3 ? packed >> 12 : (packed >> (4 * PART)) & 15);
 }
 
+typedef int16_t EightShorts __attribute__((vector_size(16)));
+
+INLINE Vec low_half(Short v) {
+  EightShorts half;
+  std::memcpy(&half, &v, sizeof half);
+  return __builtin_convertvector(half, Vec);
+}
+
+INLINE Vec high_half(Short v) {
+  EightShorts half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  return __builtin_convertvector(half, Vec);
+}
+
+// The first `count` (1 .. 16, or more) of inputs 16 PART .. 16 PART + 15 of a block, in fp32, to block + 16 PART.
+template <int PART>
+INLINE void widen_part(UShort packed, Vec scale, float* block, int64_t count) {
+  const Short q = nibbles<PART>(packed) - 8;
+  float* to = block + PART * SHORTS;
+  store(to, scale * low_half(q), smaller(LANES, count));
+  if (count > LANES) store(to + LANES, scale * high_half(q), smaller(LANES, count - LANES));
+}
+
 // part[n] += inputs 16 FIRST .. 16 LAST - 1 of one block of a row of W, times those of x.
 template <int FIRST, int LAST, int N>
 INLINE void add_block(const uint8_t* w, const int16_t* numbers, int64_t padded, Int (&part)[N]) {
@@ -193,14 +216,22 @@ KERNEL(widen_int4, float)
 (ParallelFor pool, const uint8_t* w, const bf16* scale, float* to, int64_t O, int64_t K, int64_t padded,
  int64_t group) {
   parallel(pool, O, K, [&](int64_t o) {
-    for (int64_t k = 0; k < K; k += SHORTS) {
-      const int64_t in_block = k % PACKED, base = o * padded / 2 + (k - in_block) / 2;
-      UShort numbers = load_packed(w + base);
-      for (int64_t j = 0; j < in_block; j += SHORTS) numbers >>= 4;
-      numbers = (numbers & 15) - 8;
-      const float s = number(scale[o * (padded / group) + k / group]);
-      const int64_t count = smaller(SHORTS, K - k);
-      for (int64_t j = 0; j < count; ++j) to[o * K + k + j] = s * static_cast<int16_t>(numbers[j]);
+    const bf16* scales = scale + o * (padded / group);
+    for (int64_t k = 0; k < K; k += PACKED) {
+      const UShort packed = load_packed(w + (o * padded + k) / 2);
+      const Vec left = splat(number(scales[k / group])), right = splat(number(scales[(k + 32) / group]));
+      float* at = to + o * K + k;
+      if (k + PACKED <= K) {
+        widen_part<0>(packed, left, at, SHORTS);
+        widen_part<1>(packed, left, at, SHORTS);
+        widen_part<2>(packed, right, at, SHORTS);
+        widen_part<3>(packed, right, at, SHORTS);
+      } else {
+        widen_part<0>(packed, left, at, K - k);
+        if (k + SHORTS < K) widen_part<1>(packed, left, at, K - k - SHORTS);
+        if (k + 2 * SHORTS < K) widen_part<2>(packed, right, at, K - k - 2 * SHORTS);
+        if (k + 3 * SHORTS < K) widen_part<3>(packed, right, at, K - k - 3 * SHORTS);
+      }
     }
   });
 }
