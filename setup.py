@@ -29,7 +29,10 @@ SOURCES = Path("griffin/ops/cpu/csrc")
 OPTIONS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti"]
 OPTIONS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 PORTABLE = {"portable": []}
-X86 = PORTABLE | {"avx2": ["-mavx2", "-mfma", "-mf16c"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Still eight fp32 lanes: what it adds is twice the registers and sums of 16-bit products in one instruction.
+AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq", "vnni")), "-mprefer-vector-width=256"]
+X86 = PORTABLE | {"avx2": AVX2, "avx512": AVX512}
 
 
 class BuildKernels(build_ext):
@@ -78,7 +81,7 @@ def build(compiler: list[str], folder: Path, target: Path) -> None:
     jobs: list[tuple[Path, list[str]]] = []
     for source in sorted(SOURCES.glob("*.cpp")):
         if source.stem == "abi":
-            define = ["-DGRIFFIN_HAS_AVX2"] if is_x86 else []
+            define = ["-DGRIFFIN_IS_X86"] if is_x86 else []
             jobs.append((folder / "abi.o", [*define, str(source)]))
             continue
         for isa, options in (X86 if is_x86 else PORTABLE).items():

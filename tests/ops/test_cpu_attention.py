@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin.ops import ring_attention
-from tests.ops.test_cpu_kernels import PATHS, serving
+from tests.ops.test_cpu_kernels import INSTRUCTIONS, PATHS, serving
 
 SIZES = [
     (1, 1, 1, 1, 1),
@@ -62,7 +62,7 @@ def test_slots_that_hold_nothing_are_not_read() -> None:
     for t in (k, v):
         t[0, 4:] = torch.nan
         t[1, 71:] = torch.nan
-    for instructions in ("native", "portable"):
+    for instructions in INSTRUCTIONS:
         with serving(instructions), torch.no_grad():
             torch.testing.assert_close(ring_attention(q, k, v, positions), expected)
 
@@ -76,7 +76,7 @@ def test_large_scores_do_not_overflow(path: str) -> None:
             torch.testing.assert_close(found.double(), formula((q * size).double(), k.double(), v.double(), positions))
 
 
-@pytest.mark.parametrize("instructions", ["native", "portable"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_rows_and_threads_give_the_same_bits(instructions: str) -> None:
     q, k, v = torch.randn(4, 1, 6, 64), torch.randn(4, 500, 2, 64), torch.randn(4, 500, 2, 64)
     positions = torch.tensor([[3], [70], [400], [900]])

@@ -30,9 +30,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [1, 7, 8, 33, 2049, 5000]
 
 
-@pytest.fixture(params=["portable", "widest"], autouse=True)
+@pytest.fixture(params=library.offered(), autouse=True)
 def _instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    with library.using("portable" if request.param == "portable" else None), torch.no_grad():
+    with library.using(request.param), torch.no_grad():
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from griffin.ops import dequantize, linear, output_linear, quantize_int4, quantize_int8, quantized_linear
 from griffin.ops import quantized as module
 from griffin.ops.cpu import library, linears
-from tests.ops.test_cpu_kernels import PATHS, serving
+from tests.ops.test_cpu_kernels import INSTRUCTIONS, PATHS, serving
 
 ROWS = [1, 2, 3, 5, 8, 16, 17]
 SIZES = [(1, 1), (7, 33), (33, 7), (256, 129), (300, 64), (2560, 70)]  # (K, O)
@@ -112,7 +112,7 @@ def test_layouts(path: str) -> None:
             )
 
 
-@pytest.mark.parametrize("instructions", ["native", "portable"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_a_row_gives_the_same_bits_in_any_batch_and_on_any_number_of_threads(instructions: str) -> None:
     with serving(instructions):
         x, w = torch.randn(16, 700), torch.randn(90, 700)
@@ -219,7 +219,7 @@ def test_products_of_many_rows_in_several_pieces(path: str, monkeypatch: pytest.
             close(linear(x.to(dtype), w_bf16, b), x.to(dtype).double() @ w_bf16.double().T + b, dtype)
 
 
-@pytest.mark.parametrize("instructions", ["native", "portable"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_numbers_do_not_saturate(instructions: str, sign: int) -> None:
     """127 times 127 for every pair, in both 8-bit parts of x: what 16-bit sums of two products cannot hold."""
@@ -234,7 +234,7 @@ def test_the_largest_numbers_do_not_saturate(instructions: str, sign: int) -> No
                 assert ((found - expected).abs() <= (1e-6 if dtype == torch.float32 else 2**-8) * expected.abs()).all()
 
 
-@pytest.mark.parametrize("instructions", ["native", "portable"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_many_rows_of_int8_give_the_same_bits_in_any_call_layout_and_number_of_threads(instructions: str) -> None:
     with serving(instructions):
         if not linears.multiplies_int8(300):

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
+ABI = 4  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
+
+INSTRUCTIONS = ("portable", "avx2", "avx512")  # each CPU that has one has those before it
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _VALUES = {"p": "Q", "i": "q", "f": "f4x", "d": "d"}  # how `struct` packs one Value of csrc/abi.h
@@ -37,6 +39,12 @@ def status() -> tuple[bool, str]:
     """Whether the kernels serve the CPU here, and which they are or why not."""
     now = _now()
     return now.library is not None, now.reason
+
+
+def offered(loaded: Loaded | None = None) -> tuple[str, ...]:
+    """Which of INSTRUCTIONS this CPU and the build can run; none without a library."""
+    loaded = loaded or _now()
+    return INSTRUCTIONS[: INSTRUCTIONS.index(loaded.instructions) + 1] if loaded.library is not None else ()
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -73,7 +81,7 @@ def without_kernels() -> Iterator[None]:
 
 @contextmanager
 def using(instructions: str | None = None, path: Path | None = None) -> Iterator[None]:
-    """Take the kernels compiled for these instructions ("portable", "avx2"), or another build of the library.
+    """Take the kernels compiled for these instructions (one of INSTRUCTIONS), or another build of the library.
 
     Raises:
         RuntimeError: there is no such library here, or the CPU lacks the instructions.
@@ -81,10 +89,8 @@ def using(instructions: str | None = None, path: Path | None = None) -> Iterator
     loaded = _now() if path is None else load(path)
     if loaded.library is None:
         raise RuntimeError(f"no CPU kernels: {loaded.reason}")
-    if instructions not in (None, "portable", loaded.instructions):
-        raise RuntimeError(
-            f"instructions={instructions!r}: this CPU and build offer {loaded.instructions} and portable"
-        )
+    if instructions is not None and instructions not in offered(loaded):
+        raise RuntimeError(f"instructions={instructions!r}: this CPU and build offer {', '.join(offered(loaded))}")
     with _using(replace(loaded, instructions=instructions or loaded.instructions)):
         yield
 

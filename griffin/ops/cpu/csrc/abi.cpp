@@ -4,12 +4,16 @@
 #define PLAIN extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-PLAIN int32_t griffin_abi_version() { return 3; }
+PLAIN int32_t griffin_abi_version() { return 4; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
 PLAIN const char* griffin_instructions() {
-#if defined(GRIFFIN_HAS_AVX2)
+#if defined(GRIFFIN_IS_X86)
   __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    return "avx512";
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif
   return "portable";

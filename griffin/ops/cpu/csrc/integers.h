@@ -26,6 +26,15 @@ INLINE Int multiply_pairs(Short a, Short b) {
 INLINE Short widen_bytes(Bytes v) { return __builtin_convertvector(v, Short); }
 #endif
 
+// acc + multiply_pairs(a, b), in one instruction where there is one
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+INLINE Int add_pairs(Int acc, Short a, Short b) {
+  return (Int)_mm256_dpwssd_epi32((__m256i)acc, (__m256i)a, (__m256i)b);
+}
+#else
+INLINE Int add_pairs(Int acc, Short a, Short b) { return acc + multiply_pairs(a, b); }
+#endif
+
 INLINE Int load_ints(const int32_t* p) {
   Int v;
   std::memcpy(&v, p, sizeof v);

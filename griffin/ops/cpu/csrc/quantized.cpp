@@ -37,14 +37,14 @@ INLINE void dots_int8(const int8_t* w, int64_t K, const Whole& x, int64_t first,
       for (int n = 0; n < N; ++n) v[n] = load_shorts(numbers + n * x.padded + k);
       for (int m = 0; m < M; ++m) {
         const Short weights = load_bytes(w + m * K + k);
-        for (int n = 0; n < N; ++n) part[m][n] += multiply_pairs(weights, v[n]);
+        for (int n = 0; n < N; ++n) part[m][n] = add_pairs(part[m][n], weights, v[n]);
       }
     }
     if (k < end) {
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
           const Short weights = load_bytes(w + m * K + k, end - k);
-          part[m][n] += multiply_pairs(weights, load_shorts(numbers + n * x.padded + k));
+          part[m][n] = add_pairs(part[m][n], weights, load_shorts(numbers + n * x.padded + k));
         }
     }
     for (int m = 0; m < M; ++m)
@@ -113,7 +113,7 @@ INLINE void add_block(const uint8_t* w, const int16_t* numbers, int64_t padded, 
     if (PART < FIRST || PART >= LAST) return;
     const Short q = nibbles<PART>(packed);
     for (int n = 0; n < N; ++n) {
-      part[n] += multiply_pairs(q, load_shorts(numbers + n * padded + PART * SHORTS));
+      part[n] = add_pairs(part[n], q, load_shorts(numbers + n * padded + PART * SHORTS));
     }
   };
   add(Count<0>());
