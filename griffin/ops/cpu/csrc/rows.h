@@ -7,6 +7,11 @@
 namespace {
 
 constexpr int64_t ROWS = 16;  // rows of W of a task
+#if defined(__AVX512VL__)
+constexpr int64_t PASS = 4;  // rows of x that meet 4 rows of W at a time: their sums fill half of 32 registers
+#else
+constexpr int64_t PASS = 3;
+#endif
 
 template <int VALUE>
 struct Count {
@@ -105,7 +110,8 @@ void for_row_tiles(ParallelFor pool, int64_t O, int64_t N, int64_t K, const Tile
     int64_t o = task * ROWS;
     const auto with_rows = [&](auto m_count) {
       int64_t n = 0;
-      for (; n + 3 <= N; n += 3) tile(m_count, Count<3>(), o, n);
+      for (; n + PASS <= N; n += PASS) tile(m_count, Count<PASS>(), o, n);
+      if (N - n == 3) tile(m_count, Count<3>(), o, n);
       if (N - n == 2) tile(m_count, Count<2>(), o, n);
       if (N - n == 1) tile(m_count, Count<1>(), o, n);
     };
