@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,6 +49,9 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
         raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, T)}")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
+    no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if no_gradient and library.serves(queries, keys, values):
+        return cpp.local_attention(queries, keys, values, positions, window)[0]
     return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
 
 
@@ -100,6 +105,35 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
         mask = (index <= query_index) & (index >= query_index - seen[:, start:stop, None])
         outputs.append(_attend(q[:, start:stop], k[:, left:right], v[:, left:right], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@torch.library.impl(_library, "local_attention", "CPU")
+def _local_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    if library.serves(q, k, v):
+        return cpp.local_attention(q, k, v, positions, window)[0]
+    return _local_attention(q, k, v, positions, window)
+
+
+@torch.library.impl(_library, "local_attention", "AutogradCPU")
+def _local_autograd_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    if library.serves(q, k, v):
+        return _LocalAttention.apply(q, k, v, positions, window)  # type: ignore[no-any-return, no-untyped-call]
+    return _local_attention(q, k, v, positions, window)
+
+
+class _LocalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+        out, lse = cpp.local_attention(q, k, v, positions, window)
+        ctx.save_for_backward(q, k, v, positions, lse)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        grads = cpp.local_attention_backward(dout, *ctx.saved_tensors, ctx.window, ctx.needs_input_grad[:3])
+        return *grads, None, None
 
 
 @torch.library.impl(_library, "ring_attention", "CompositeImplicitAutograd")

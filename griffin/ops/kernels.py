@@ -23,7 +23,7 @@ DEFINITIONS = {
 }
 # In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32.
 CPU_KERNELS = (
-    *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "rope"),
+    *("linear_scan", "rg_lru", "causal_conv1d", "local_attention", "ring_attention", "rms_norm", "geglu", "rope"),
     *("linear", "output_linear", "quantized_linear"),
 )
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from griffin.ops.cpu.library import Kernel, empty_like
 
 SLOTS = 64  # of csrc/attention.cpp
+# Scores of a block of queries stay in a core's cache between the product that makes them and the one that uses them.
+BLOCK_SCORES = 2**20
+BLOCK_TOKENS = (16, 128)  # at least and at most
 
 _ring_attention = Kernel("ring_attention", "pppp pp iiiii")
+_softmax_forward = Kernel("attention_softmax_forward", "ppp f iiiiii")
+_softmax_backward = Kernel("attention_softmax_backward", "pppp f iiiiii")
 
 
 def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -19,3 +26,124 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
     inputs = (queries.contiguous(), keys.contiguous(), values.contiguous(), positions.to(torch.int64).contiguous())
     _ring_attention(queries.dtype, *inputs, out, scratch, B, S, H, G, K)
     return out
+
+
+def local_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Give the output, and the log of the sum that normalises each softmax: (B, T, H) fp32."""
+    (B, T, H, K), G = queries.shape, keys.shape[2]
+    out, lse = empty_like(queries), queries.new_empty(B, T, H, dtype=torch.float32)
+    blocks = _blocks(queries, keys, positions, window)
+    scratch = _scratch(blocks, H)
+    for b in range(B):
+        k, v = _by_head(keys[b]), _by_head(values[b])  # (G, S + T, K)
+        for block in blocks[b]:
+            scores = block.scores(scratch, H, G)
+            torch.bmm(block.rows(queries[b], G), block.seen(k).mT, out=scores)
+            _softmax_forward(torch.float32, scores, block.first, block.of(lse[b]), K**-0.5, *block.sizes(scores, H))
+            block.put(out[b], torch.bmm(scores, block.seen(v)))
+    return out, lse
+
+
+def local_attention_backward(
+    dout: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    lse: Tensor,
+    window: int | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """P = softmax(S) is computed again, as e^(S - lse).
+
+    dV = P^T dO;  dP = dO V^T;  dS = P (dP - sum of P dP over keys) / sqrt(K);  dQ = dS K;  dK = dS^T Q
+    """
+    (B, _, H, K), G = queries.shape, keys.shape[2]
+    dq = empty_like(queries) if needed[0] else None
+    dk, dv = (torch.zeros(keys.shape) if need else None for need in needed[1:])
+    blocks = _blocks(queries, keys, positions, window)
+    scratch, other = _scratch(blocks, H), _scratch(blocks, H)
+    for b in range(B):
+        k, v = _by_head(keys[b]), _by_head(values[b])
+        for block in blocks[b]:
+            q, do = block.rows(queries[b], G), block.rows(dout[b], G)
+            p, ds = block.scores(scratch, H, G), block.scores(other, H, G)
+            torch.bmm(q, block.seen(k).mT, out=p)
+            torch.bmm(do, block.seen(v).mT, out=ds)
+            _softmax_backward(torch.float32, p, ds, block.first, block.of(lse[b]), K**-0.5, *block.sizes(p, H))
+            if dq is not None:
+                block.put(dq[b], torch.bmm(ds, block.seen(k)))
+            if dk is not None:
+                block.seen(_by_head(dk[b])).baddbmm_(ds.mT, q)
+            if dv is not None:
+                block.seen(_by_head(dv[b])).baddbmm_(p.mT, do)
+    return dq, None if dk is None else dk.to(keys.dtype), None if dv is None else dv.to(values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Tokens of a row of the batch, and the keys that any of them sees."""
+
+    start: int  # tokens
+    stop: int
+    left: int  # keys
+    right: int
+    first: Tensor  # (stop - start,) int64, the first key each of the tokens sees
+
+    def of(self, row: Tensor) -> Tensor:
+        """(T, ...) -> those of its tokens."""
+        return row[self.start : self.stop]
+
+    def seen(self, row: Tensor) -> Tensor:
+        """(G, S + T, K) -> (G, m, K), its keys."""
+        return row[:, self.left : self.right]
+
+    def rows(self, row: Tensor, G: int) -> Tensor:
+        """(T, H, K) -> (G, n * H / G, K) fp32: the queries that meet the same keys."""
+        return self.of(row).unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2).float()
+
+    def put(self, row: Tensor, result: Tensor) -> None:
+        """Write what `rows` would give into row, (T, H, K)."""
+        target = self.of(row).unflatten(1, (len(result), -1)).transpose(0, 1)
+        target.copy_(result.view(target.shape))
+
+    def scores(self, scratch: Tensor, H: int, G: int) -> Tensor:
+        """(G, n * H / G, m), contiguous, of memory that is used again."""
+        rows, m = (self.stop - self.start) * H // G, self.right - self.left
+        return scratch[: G * rows * m].view(G, rows, m)
+
+    def sizes(self, scores: Tensor, H: int) -> tuple[int, ...]:
+        """left, own, G, n, r, m of csrc/attention_softmax.cpp."""
+        (G, _, m), n = scores.shape, self.stop - self.start
+        return self.left, self.right - self.left - n, G, n, H // G, m
+
+
+def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None) -> list[list[_Block]]:
+    """Cut each row of the batch."""
+    (_, T, H, _), length = queries.shape, keys.shape[1]
+    earlier = length - T
+    seen = positions.to(torch.int64) if window is None else positions.to(torch.int64).clamp(max=window)
+    first = (torch.arange(earlier, length) - seen).clamp_(min=0)  # (B, T)
+    width = length if window is None else min(length, window + 1)
+    n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
+    starts = range(0, T, n)
+    return [
+        [
+            _Block(start, start + len(part), int(part.min()), earlier + start + len(part), part)
+            for start, part in zip(starts, row.split(n), strict=True)
+        ]
+        for row in first
+    ]
+
+
+def _scratch(blocks: list[list[_Block]], H: int) -> Tensor:
+    """Memory for the scores of the largest block."""
+    sizes = (H * (block.stop - block.start) * (block.right - block.left) for row in blocks for block in row)
+    return torch.empty(max(sizes, default=0))
+
+
+def _by_head(row: Tensor) -> Tensor:
+    """(S + T, G, K) -> (G, S + T, K) fp32; fp32 is not copied."""
+    return row.transpose(0, 1).float()
