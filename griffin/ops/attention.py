@@ -32,7 +32,8 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
     Returns:
         (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
 
-    Time O(T * (W + 256)); memory for scores never grows with T when W is given.
+    Keys and values that a token does not see must be finite: they get weight 0, and 0 * NaN is NaN. A gradient for
+    queries, keys and values. Time O(T * (W + 256)); memory for scores never grows with T when W is given.
 
     Raises:
         ValueError: shapes or dtypes disagree.
@@ -132,7 +133,8 @@ class _LocalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        grads = cpp.local_attention_backward(dout, *ctx.saved_tensors, ctx.window, ctx.needs_input_grad[:3])
+        q, k, v, positions, lse = ctx.saved_tensors
+        grads = cpp.local_attention_backward(dout, q, k, v, positions, lse, ctx.window, ctx.needs_input_grad[:3])
         return *grads, None, None
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from griffin.ops.cpu.library import Kernel, empty_like
 
 SLOTS = 64  # of csrc/attention.cpp
-# Scores of a block of queries stay in a core's cache between the product that makes them and the one that uses them.
-BLOCK_SCORES = 2**20
-BLOCK_TOKENS = (16, 128)  # at least and at most
+# 2 MB of scores stay in a core's cache between the product that makes them and the one that uses them; with fewer
+# tokens products are slow, and with more, more of what they compute is for keys that a token does not see.
+BLOCK_SCORES = 2**19
+BLOCK_TOKENS = (16, 64)  # at least and at most
 
 _ring_attention = Kernel("ring_attention", "pppp pp iiiii")
 _softmax_forward = Kernel("attention_softmax_forward", "ppp f iiiiii")
@@ -102,7 +103,8 @@ class _Block:
 
     def rows(self, row: Tensor, G: int) -> Tensor:
         """(T, H, K) -> (G, n * H / G, K) fp32: the queries that meet the same keys."""
-        return self.of(row).unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2).float()
+        rows: Tensor = self.of(row).unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
+        return rows.float()
 
     def put(self, row: Tensor, result: Tensor) -> None:
         """Write what `rows` would give into row, (T, H, K)."""
@@ -128,14 +130,12 @@ def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None
     first = (torch.arange(earlier, length) - seen).clamp_(min=0)  # (B, T)
     width = length if window is None else min(length, window + 1)
     n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
-    starts = range(0, T, n)
-    return [
-        [
-            _Block(start, start + len(part), int(part.min()), earlier + start + len(part), part)
-            for start, part in zip(starts, row.split(n), strict=True)
-        ]
-        for row in first
-    ]
+    return [[_block(row[start : start + n], start, earlier) for start in range(0, T, n)] for row in first]
+
+
+def _block(first: Tensor, start: int, earlier: int) -> _Block:
+    stop = start + len(first)
+    return _Block(start, stop, int(first.min()), earlier + stop, first)
 
 
 def _scratch(blocks: list[list[_Block]], H: int) -> Tensor:

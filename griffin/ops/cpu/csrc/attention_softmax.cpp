@@ -36,6 +36,14 @@ INLINE void zero_outside(float* row, int64_t begin, int64_t end, int64_t m) {
   std::memset(row + end, 0, (m - end) * sizeof(float));
 }
 
+// f(c, lanes) over the columns [begin, end), whole vectors first
+template <class F>
+INLINE void for_columns(int64_t begin, int64_t end, const F& f) {
+  int64_t c = begin;
+  for (; c + LANES <= end; c += LANES) f(c, LANES);
+  if (c < end) f(c, end - c);
+}
+
 INLINE float largest(const float* p, int64_t n) {
   float top = p[0];
   int64_t c = 0;
@@ -58,18 +66,16 @@ void forward(ParallelFor pool, float* scores, const int64_t* first, float* lse, 
     zero_outside(p, row.begin, row.end, o.m);
     const float top = largest(p + row.begin, row.end - row.begin);
     Vec sums = {};
-    for (int64_t c = row.begin; c < row.end; c += LANES) {
-      const int64_t lanes = smaller(LANES, row.end - c);
+    for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
       store(p + c, exp((load(p + c, lanes) - splat(top)) * splat(scale)), lanes);
       sums += load(p + c, lanes);  // no more lanes than columns
-    }
+    });
     const float total = sum(sums);
     lse[row.lse] = top * scale + __builtin_logf(total);
     const Vec share = splat(1.0f / total);
-    for (int64_t c = row.begin; c < row.end; c += LANES) {
-      const int64_t lanes = smaller(LANES, row.end - c);
+    for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
       store(p + c, load(p + c, lanes) * share, lanes);
-    }
+    });
   });
 }
 
@@ -83,16 +89,14 @@ void backward(ParallelFor pool, float* scores, float* dp, const int64_t* first, 
     zero_outside(d, row.begin, row.end, o.m);
     const Vec log_sum = splat(lse[row.lse]);
     Vec sums = {};
-    for (int64_t c = row.begin; c < row.end; c += LANES) {
-      const int64_t lanes = smaller(LANES, row.end - c);
+    for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
       store(p + c, exp(fma(load(p + c, lanes), splat(scale), -log_sum)), lanes);
       sums = fma(load(p + c, lanes), load(d + c, lanes), sums);
-    }
+    });
     const Vec mean = splat(sum(sums));
-    for (int64_t c = row.begin; c < row.end; c += LANES) {
-      const int64_t lanes = smaller(LANES, row.end - c);
+    for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
       store(d + c, load(p + c, lanes) * splat(scale) * (load(d + c, lanes) - mean), lanes);
-    }
+    });
   });
 }
 
