@@ -52,7 +52,7 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if no_gradient and library.serves(queries, keys, values):
-        return cpp.local_attention(queries, keys, values, positions, window)[0]
+        return cpp.local_attention(queries, keys, values, positions, window)
     return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
 
 
@@ -111,7 +111,7 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
 @torch.library.impl(_library, "local_attention", "CPU")
 def _local_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
     if library.serves(q, k, v):
-        return cpp.local_attention(q, k, v, positions, window)[0]
+        return cpp.local_attention(q, k, v, positions, window)
     return _local_attention(q, k, v, positions, window)
 
 
@@ -125,16 +125,15 @@ def _local_autograd_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, wind
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
-        out, lse = cpp.local_attention(q, k, v, positions, window)
-        ctx.save_for_backward(q, k, v, positions, lse)
+        ctx.save_for_backward(q, k, v, positions)
         ctx.window = window
-        return out
+        return cpp.local_attention(q, k, v, positions, window)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, positions, lse = ctx.saved_tensors
-        grads = cpp.local_attention_backward(dout, q, k, v, positions, lse, ctx.window, ctx.needs_input_grad[:3])
+        q, k, v, positions = ctx.saved_tensors
+        grads = cpp.local_attention_backward(dout, q, k, v, positions, ctx.window, ctx.needs_input_grad[:3])
         return *grads, None, None
 
 

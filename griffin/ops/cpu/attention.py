@@ -16,8 +16,8 @@ BLOCK_SCORES = 2**19
 BLOCK_TOKENS = (16, 64)  # at least and at most
 
 _ring_attention = Kernel("ring_attention", "pppp pp iiiii")
-_softmax_forward = Kernel("attention_softmax_forward", "ppp f iiiiii")
-_softmax_backward = Kernel("attention_softmax_backward", "pppp f iiiiii")
+_softmax_forward = Kernel("attention_softmax_forward", "pp f iiiiii")
+_softmax_backward = Kernel("attention_softmax_backward", "ppp f iiiiii")
 
 
 def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -29,12 +29,8 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
     return out
 
 
-def local_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Give the output, and the log of the sum that normalises each softmax: (B, T, H) fp32."""
-    (B, T, H, K), G = queries.shape, keys.shape[2]
-    out, lse = empty_like(queries), queries.new_empty(B, T, H, dtype=torch.float32)
+def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    (B, _, H, K), G, out = queries.shape, keys.shape[2], empty_like(queries)
     blocks = _blocks(queries, keys, positions, window)
     scratch = _scratch(blocks, H)
     for b in range(B):
@@ -42,9 +38,9 @@ def local_attention(
         for block in blocks[b]:
             scores = block.scores(scratch, H, G)
             torch.bmm(block.rows(queries[b], G), block.seen(k).mT, out=scores)
-            _softmax_forward(torch.float32, scores, block.first, block.of(lse[b]), K**-0.5, *block.sizes(scores, H))
+            _softmax_forward(torch.float32, scores, block.first, K**-0.5, *block.sizes(scores, H))
             block.put(out[b], torch.bmm(scores, block.seen(v)))
-    return out, lse
+    return out
 
 
 def local_attention_backward(
@@ -53,13 +49,12 @@ def local_attention_backward(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    lse: Tensor,
     window: int | None,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """P = softmax(S) is computed again, as e^(S - lse).
+    """Compute P = softmax(S) again, S = Q K^T / sqrt(K), and the gradients of the inputs `needed`.
 
-    dV = P^T dO;  dP = dO V^T;  dS = P (dP - sum of P dP over keys) / sqrt(K);  dQ = dS K;  dK = dS^T Q
+    dV = P^T dO;  dP = dO V^T;  dS = P (dP - sum of P dP over keys);  dQ = dS K / sqrt(K);  dK = dS^T Q / sqrt(K)
     """
     (B, _, H, K), G = queries.shape, keys.shape[2]
     dq = empty_like(queries) if needed[0] else None
@@ -73,7 +68,7 @@ def local_attention_backward(
             p, ds = block.scores(scratch, H, G), block.scores(other, H, G)
             torch.bmm(q, block.seen(k).mT, out=p)
             torch.bmm(do, block.seen(v).mT, out=ds)
-            _softmax_backward(torch.float32, p, ds, block.first, block.of(lse[b]), K**-0.5, *block.sizes(p, H))
+            _softmax_backward(torch.float32, p, ds, block.first, K**-0.5, *block.sizes(p, H))
             if dq is not None:
                 block.put(dq[b], torch.bmm(ds, block.seen(k)))
             if dk is not None:
@@ -127,7 +122,7 @@ def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None
     (_, T, H, _), length = queries.shape, keys.shape[1]
     earlier = length - T
     seen = positions.to(torch.int64) if window is None else positions.to(torch.int64).clamp(max=window)
-    first = (torch.arange(earlier, length) - seen).clamp_(min=0)  # (B, T)
+    first = (torch.arange(earlier, length) - seen).clamp_(min=0).contiguous()  # (B, T)
     width = length if window is None else min(length, window + 1)
     n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
     return [[_block(row[start : start + n], start, earlier) for start in range(0, T, n)] for row in first]

@@ -19,15 +19,13 @@ struct Block {
 struct Row {
   int64_t at;          // of its column 0
   int64_t begin, end;  // the columns it sees
-  int64_t lse;         // its place in lse (n, G, r)
 };
 
 template <class F>
 void for_rows(ParallelFor pool, const Block& o, const int64_t* first, const F& f) {
   parallel(pool, o.G * o.n, o.r * o.m, [&](int64_t task) {
-    const int64_t t = task % o.n, g = task / o.n;
-    const int64_t begin = first[t] - o.left, end = o.own + t + 1;
-    for (int64_t h = 0; h < o.r; ++h) f(Row{(task * o.r + h) * o.m, begin, end, (t * o.G + g) * o.r + h});
+    const int64_t t = task % o.n, begin = first[t] - o.left, end = o.own + t + 1;
+    for (int64_t row = task * o.r; row < (task + 1) * o.r; ++row) f(Row{row * o.m, begin, end});
   });
 }
 
@@ -59,43 +57,44 @@ INLINE float largest(const float* p, int64_t n) {
   return top;
 }
 
-// scores -> softmax(scale scores);  lse = log of the sum of e^(scale score)
-void forward(ParallelFor pool, float* scores, const int64_t* first, float* lse, float scale, Block o) {
+// scores -> P = softmax(scale scores)
+void forward(ParallelFor pool, float* scores, const int64_t* first, float scale, Block o) {
   for_rows(pool, o, first, [&](const Row& row) {
     float* p = scores + row.at;
     zero_outside(p, row.begin, row.end, o.m);
     const float top = largest(p + row.begin, row.end - row.begin);
-    Vec sums = {};
+    Vec total = {};
     for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
       store(p + c, exp((load(p + c, lanes) - splat(top)) * splat(scale)), lanes);
-      sums += load(p + c, lanes);  // no more lanes than columns
+      total += load(p + c, lanes);  // no more lanes than columns
     });
-    const float total = sum(sums);
-    lse[row.lse] = top * scale + __builtin_logf(total);
-    const Vec share = splat(1.0f / total);
-    for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
-      store(p + c, load(p + c, lanes) * share, lanes);
-    });
+    const Vec share = splat(1.0f / sum(total));
+    for_columns(row.begin, row.end,
+                [&](int64_t c, int64_t lanes) { store(p + c, load(p + c, lanes) * share, lanes); });
   });
 }
 
-// With P = e^(scale score - lse):  scores -> P,  dP -> scale P (dP - sum of P dP), the gradient of the scores.
-void backward(ParallelFor pool, float* scores, float* dp, const int64_t* first, const float* lse, float scale,
-              Block o) {
+// scores -> P, as above;  dP -> scale P (dP - sum of P dP), the gradient of the scores. P is computed again, and not as
+// e^(scale score - a kept logarithm of the sum): rounding that would leave sum P = 1 + error, and dP times the error.
+void backward(ParallelFor pool, float* scores, float* dp, const int64_t* first, float scale, Block o) {
   for_rows(pool, o, first, [&](const Row& row) {
     float* p = scores + row.at;
     float* d = dp + row.at;
     zero_outside(p, row.begin, row.end, o.m);
     zero_outside(d, row.begin, row.end, o.m);
-    const Vec log_sum = splat(lse[row.lse]);
-    Vec sums = {};
+    const float top = largest(p + row.begin, row.end - row.begin);
+    Vec total = {}, flow = {};
     for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
-      store(p + c, exp(fma(load(p + c, lanes), splat(scale), -log_sum)), lanes);
-      sums = fma(load(p + c, lanes), load(d + c, lanes), sums);
+      store(p + c, exp((load(p + c, lanes) - splat(top)) * splat(scale)), lanes);
+      total += load(p + c, lanes);
+      flow = fma(load(p + c, lanes), load(d + c, lanes), flow);
     });
-    const Vec mean = splat(sum(sums));
+    const float inverse = 1.0f / sum(total);
+    const Vec share = splat(inverse), mean = splat(sum(flow) * inverse);
     for_columns(row.begin, row.end, [&](int64_t c, int64_t lanes) {
-      store(d + c, load(p + c, lanes) * splat(scale) * (load(d + c, lanes) - mean), lanes);
+      const Vec v = load(p + c, lanes) * share;
+      store(p + c, v, lanes);
+      store(d + c, v * splat(scale) * (load(d + c, lanes) - mean), lanes);
     });
   });
 }
@@ -103,15 +102,15 @@ void backward(ParallelFor pool, float* scores, float* dp, const int64_t* first, 
 }  // namespace
 
 KERNEL(attention_softmax_forward, float)
-(ParallelFor pool, float* scores, const int64_t* first, float* lse, float scale, int64_t left, int64_t own, int64_t G,
- int64_t n, int64_t r, int64_t m) {
-  forward(pool, scores, first, lse, scale, {left, own, G, n, r, m});
+(ParallelFor pool, float* scores, const int64_t* first, float scale, int64_t left, int64_t own, int64_t G, int64_t n,
+ int64_t r, int64_t m) {
+  forward(pool, scores, first, scale, {left, own, G, n, r, m});
 }
 EXPORT(attention_softmax_forward, float)
 
 KERNEL(attention_softmax_backward, float)
-(ParallelFor pool, float* scores, float* dp, const int64_t* first, const float* lse, float scale, int64_t left,
- int64_t own, int64_t G, int64_t n, int64_t r, int64_t m) {
-  backward(pool, scores, dp, first, lse, scale, {left, own, G, n, r, m});
+(ParallelFor pool, float* scores, float* dp, const int64_t* first, float scale, int64_t left, int64_t own, int64_t G,
+ int64_t n, int64_t r, int64_t m) {
+  backward(pool, scores, dp, first, scale, {left, own, G, n, r, m});
 }
 EXPORT(attention_softmax_backward, float)
