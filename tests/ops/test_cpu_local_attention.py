@@ -132,6 +132,28 @@ def test_strides_and_the_type_of_positions_do_not_matter(path: str, H: int, G: i
     assert_near(results(case, inputs, positions=case.positions().int().T.contiguous().T), wanted, dtype)
 
 
+def test_an_expanded_gradient_and_bf16_by_default(path: str) -> None:
+    case = Case(100, 20, B=2, H=4, G=2)
+    inputs = [t.float().requires_grad_() for t in case.inputs()]
+    wanted = torch.autograd.grad(local_attention(*(t.double() for t in inputs), case.positions(), 20).sum(), inputs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = torch.autograd.grad(local_attention(*inputs, case.positions(), 20).sum(), inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_below_zero_stay_inside_memory(path: str) -> None:
+    """They break the contract: what such a token sees is not said, but it must not be another's memory."""
+    case = Case(70, 20)
+    inputs = [t.float() for t in case.inputs()]
+    found, least = (results(case, inputs, positions=case.positions() * 0 - p) for p in (10**9, 0))
+    assert all(torch.equal(a, b) for a, b in zip(found, least, strict=True))
+
+
 @pytest.mark.parametrize("needed", ["q", "k", "v", "qk", "qv", "kv"])
 def test_gradients_of_only_some(needed: str) -> None:
     case = Case(100, 20, earlier=30, B=2, documents="packed")

@@ -58,7 +58,7 @@ def local_attention_backward(
     """
     (B, _, H, K), G = queries.shape, keys.shape[2]
     dq = empty_like(queries) if needed[0] else None
-    dk, dv = (torch.zeros(keys.shape) if need else None for need in needed[1:])
+    dk, dv = (keys.new_zeros(keys.shape, dtype=torch.float32) if need else None for need in needed[1:])
     blocks = _blocks(queries, keys, positions, window)
     scratch, other = _scratch(blocks, H), _scratch(blocks, H)
     for b in range(B):
@@ -121,8 +121,8 @@ def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None
     """Cut each row of the batch."""
     (_, T, H, _), length = queries.shape, keys.shape[1]
     earlier = length - T
-    seen = positions.to(torch.int64) if window is None else positions.to(torch.int64).clamp(max=window)
-    first = (torch.arange(earlier, length) - seen).clamp_(min=0).contiguous()  # (B, T)
+    seen = positions.to(torch.int64).contiguous().clamp(min=0, max=window)  # below 0, kernels would leave their memory
+    first = (torch.arange(earlier, length, device="cpu") - seen).clamp_(min=0)  # (B, T)
     width = length if window is None else min(length, window + 1)
     n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
     return [[_block(row[start : start + n], start, earlier) for start in range(0, T, n)] for row in first]
@@ -136,7 +136,7 @@ def _block(first: Tensor, start: int, earlier: int) -> _Block:
 def _scratch(blocks: list[list[_Block]], H: int) -> Tensor:
     """Memory for the scores of the largest block."""
     sizes = (H * (block.stop - block.start) * (block.right - block.left) for row in blocks for block in row)
-    return torch.empty(max(sizes, default=0))
+    return torch.empty(max(sizes, default=0), dtype=torch.float32, device="cpu")
 
 
 def _by_head(row: Tensor) -> Tensor:
