@@ -38,7 +38,7 @@ class Case:
     documents: str = "one"
 
     def positions(self) -> Tensor:
-        """One document that goes on at `earlier`, several packed ones, or one of which not all keys are given."""
+        """One document that goes on at `earlier`, packed ones, one of which not all keys are given, or any numbers."""
         positions = torch.arange(self.earlier, self.earlier + self.T).repeat(self.B, 1)
         for b in range(self.B):
             if self.documents == "packed":
@@ -47,6 +47,8 @@ class Case:
                         positions[b, start:] = torch.arange(self.T - start)
             elif self.documents == "cut":
                 positions[b] += 5 * (b + 1)
+            elif self.documents == "any":
+                positions[b] = torch.randint(0, 90, (self.T,), generator=torch.Generator().manual_seed(b))
         return positions
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +65,7 @@ CASES += [
     Case(257, 100, B=2, H=H, G=G, K=K, documents="packed") for H, G in ((4, 2), (6, 1)) for K in (16, 24, 128, 256)
 ]
 CASES += [Case(130, None, earlier=5, B=2, H=H, G=G, K=7, documents="packed") for H, G in ((1, 1), (3, 3), (10, 1))]
+CASES += [Case(130, window, earlier=70, B=2, documents="any") for window in (50, None)]
 INPUTS = ("q", "k", "v")
 
 
@@ -129,7 +132,8 @@ def test_strides_and_the_type_of_positions_do_not_matter(path: str, H: int, G: i
         strided = [t.transpose(first, second).contiguous().transpose(first, second) for t in inputs]
         assert_near(results(case, strided), wanted, dtype)
     assert_near(results(case, [t[:, :, :, ::2] for t in (t.repeat_interleave(2, -1) for t in inputs)]), wanted, dtype)
-    assert_near(results(case, inputs, positions=case.positions().int().T.contiguous().T), wanted, dtype)
+    for positions in (case.positions().int(), case.positions().float(), case.positions().T.contiguous().T):
+        assert_near(results(case, inputs, positions=positions), wanted, dtype)
 
 
 def test_an_expanded_gradient_and_bf16_by_default(path: str) -> None:
