@@ -98,12 +98,13 @@ class _Block:
 
     def rows(self, row: Tensor, G: int) -> Tensor:
         """(T, H, K) -> (G, n * H / G, K) fp32: the queries that meet the same keys."""
-        rows: Tensor = self.of(row).unflatten(1, (G, -1)).transpose(0, 1).flatten(1, 2)
-        return rows.float()
+        _, H, K = row.shape
+        return self.of(row).view(-1, G, H // G, K).transpose(0, 1).reshape(G, -1, K).float()
 
     def put(self, row: Tensor, result: Tensor) -> None:
         """Write what `rows` would give into row, (T, H, K)."""
-        target = self.of(row).unflatten(1, (len(result), -1)).transpose(0, 1)
+        (_, H, K), G = row.shape, len(result)
+        target = self.of(row).view(-1, G, H // G, K).transpose(0, 1)
         target.copy_(result.view(target.shape))
 
     def scores(self, scratch: Tensor, H: int, G: int) -> Tensor:
