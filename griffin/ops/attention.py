@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +32,8 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
     Returns:
         (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
 
-    Time O(T * (W + 256)); memory for scores never grows with T when W is given.
+    Keys and values that a token does not see must be finite: they get weight 0, and 0 * NaN is NaN. A gradient for
+    queries, keys and values. Time O(T * (W + 256)); memory for scores never grows with T when W is given.
 
     Raises:
         ValueError: shapes or dtypes disagree.
@@ -47,6 +50,9 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
         raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, T)}")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
+    no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if no_gradient and library.serves(queries, keys, values):
+        return cpp.local_attention(queries, keys, values, positions, window)
     return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
 
 
@@ -119,6 +125,35 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
         mask = (index <= query_index) & (index >= query_index - seen[:, start:stop, None])
         outputs.append(_attend(q[:, start:stop], k[:, left:right], v[:, left:right], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@torch.library.impl(_library, "local_attention", "CPU")
+def _local_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    if library.serves(q, k, v):
+        return cpp.local_attention(q, k, v, positions, window)
+    return _local_attention(q, k, v, positions, window)
+
+
+@torch.library.impl(_library, "local_attention", "AutogradCPU")
+def _local_autograd_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    if library.serves(q, k, v):
+        return _LocalAttention.apply(q, k, v, positions, window)  # type: ignore[no-any-return, no-untyped-call]
+    return _local_attention(q, k, v, positions, window)
+
+
+class _LocalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, positions)
+        ctx.window = window
+        return cpp.local_attention(q, k, v, positions, window)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, positions = ctx.saved_tensors
+        grads = cpp.local_attention_backward(dout, q, k, v, positions, ctx.window, ctx.needs_input_grad[:3])
+        return *grads, None, None
 
 
 @torch.library.impl(_library, "ring_attention", "CompositeImplicitAutograd")

@@ -26,7 +26,7 @@ DEFINITIONS = {
 # In ops/cpu/csrc. Of the linears, those with up to 16 rows: PyTorch multiplies more, as fp32 or (int8 weights) int8.
 # embed, soft_cap and block_diagonal_linear where no gradient is recorded.
 CPU_KERNELS = (
-    *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "rope"),
+    *("linear_scan", "rg_lru", "causal_conv1d", "local_attention", "ring_attention", "rms_norm", "geglu", "rope"),
     *("linear", "output_linear", "quantized_linear", "block_diagonal_linear", "embed", "soft_cap"),
 )
 
