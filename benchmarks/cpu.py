@@ -73,7 +73,7 @@ def main() -> None:
                 text.append(cpu_decode.table(result["decode"], result["contexts"]))
             if args.only != "decode":
                 gemm = result["limits"]["gemm_flop_per_s"]
-                result["prefill"] = cpu_prefill.prefill(ours, others, gemm, args.lengths, min(3, args.rounds))
+                result["prefill"] = cpu_prefill.measure(ours, others, gemm, args.lengths, min(3, args.rounds))
                 text.append(cpu_prefill.table(result["prefill"]))
         results["by_threads"][threads] = result
         print("\n\n".join(text), flush=True)

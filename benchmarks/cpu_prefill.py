@@ -1,4 +1,4 @@
-"""Prefill on a CPU: a prompt read at once, in every format of the weights, over the machine's matrix products."""
+"""Prefill on a CPU: a prompt read as `generate` reads it, in every format, over the machine's matrix products."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import peers, timing
 from griffin import Griffin
+from griffin.infer.prefill import prefill
 
 QUADRATIC = 2048  # tokens up to which transformers is timed: its T x T masks take minutes beyond
 
@@ -25,21 +26,22 @@ def flop_per_token(T: int) -> float:
     return 2 * (matrices - gate_weights) + gates + attention
 
 
-def prefill(
+def measure(
     models: dict[str, Griffin], others: dict[str, Any], gemm: float, lengths: list[int], rounds: int
 ) -> list[dict[str, Any]]:
     found = []
     for T in lengths:
         tokens = torch.randint(1, peers.CONFIG.vocab_size, (1, T))
+        prompt = tokens[0].tolist()
         tasks: dict[str, Callable[[], object]] = {}
         for name, model in models.items():
-            tasks[name] = lambda model=model, tokens=tokens: model.logits(model(tokens, model.new_state(1))[:, -1])
+            tasks[name] = lambda model=model, prompt=prompt: model.logits(prefill(model, model.new_state(1), [prompt]))
         for name, peer in others.items():
             if name == peers.GOOGLE:
                 positions = torch.arange(T)[None]
                 if T <= QUADRATIC:
                     tasks[name] = lambda peer=peer, tokens=tokens, positions=positions: peer(tokens, positions)
-            elif T <= QUADRATIC or name == peers.GEMMA:
+            elif T <= QUADRATIC or (name == peers.GEMMA and T <= 4 * QUADRATIC):
                 tasks[name] = lambda peer=peer, tokens=tokens: peer(tokens, use_cache=False, logits_to_keep=1)
         long = T > 4 * QUADRATIC
         seconds = timing.interleaved(tasks, rounds=1 if long else rounds, warmup=0 if long else 1)
