@@ -60,7 +60,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     ours, others = make_models()
-    results: dict[str, Any] = {"shape": "110M Griffin", "by_threads": {}}
     for threads in args.threads:
         torch.set_num_threads(threads)
         with torch.no_grad():
@@ -75,9 +74,8 @@ def main() -> None:
                 gemm = result["limits"]["gemm_flop_per_s"]
                 result["prefill"] = cpu_prefill.measure(ours, others, gemm, args.lengths, min(3, args.rounds))
                 text.append(cpu_prefill.table(result["prefill"]))
-        results["by_threads"][threads] = result
         print("\n\n".join(text), flush=True)
-    print(timing.save("cpu", results))
+        print(timing.save("cpu", {"shape": "110M Griffin", **result}, variant=f"{threads}-threads"))
 
 
 def _say(limit: dict[str, float]) -> str:

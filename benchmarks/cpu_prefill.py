@@ -43,7 +43,7 @@ def measure(
                     tasks[name] = lambda peer=peer, tokens=tokens, positions=positions: peer(tokens, positions)
             elif T <= QUADRATIC or (name == peers.GEMMA and T <= 4 * QUADRATIC):
                 tasks[name] = lambda peer=peer, tokens=tokens: peer(tokens, use_cache=False, logits_to_keep=1)
-        long = T > 4 * QUADRATIC
+        long = T >= 4 * QUADRATIC
         seconds = timing.interleaved(tasks, rounds=1 if long else rounds, warmup=0 if long else 1)
         speeds = {name: T / timing.median(values) for name, values in seconds.items()}
         for name, speed in speeds.items():

@@ -61,11 +61,11 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def save(name: str, results: Mapping[str, Any]) -> Path:
-    """Write results/NAME-DATE.json with the machine and the command."""
+def save(name: str, results: Mapping[str, Any], variant: str = "") -> Path:
+    """Write results/NAME[-VARIANT]-DATE.json with the machine and the command."""
     RESULTS.mkdir(exist_ok=True)
     command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
-    path = RESULTS / f"{name}-{date.today().isoformat()}.json"
+    path = RESULTS / f"{name}{variant and '-'}{variant}-{date.today().isoformat()}.json"
     path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=2) + "\n")
     return path
 

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from griffin.train.memory import return_freed_memory
+
+# A process of its own: what malloc does is set for good. The first block freed makes glibc keep those of its size.
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from griffin.train.memory import return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "returned" and not return_freed_memory():
+    sys.exit("mallopt cannot be set here")
+torch.ones(2**21)
+blocks = [torch.ones(2**21) for _ in range(40)]  # 8 MB each
+full = resident()
+del blocks[::2]
+print((full - resident()) / (20 * 2**23))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    given_back = {}
+    for mode in ("kept", "returned"):
+        done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True)
+        if "cannot be set" in done.stderr:
+            pytest.skip("another C library than glibc")
+        given_back[mode] = float(done.stdout)
+    assert given_back["kept"] < 0.2  # else the setting has nothing to do
+    assert given_back["returned"] > 0.9
+
+
+def test_elsewhere_it_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not return_freed_memory()
