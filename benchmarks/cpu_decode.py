@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,21 +57,32 @@ def weight_bytes(model: Griffin) -> int:
 
 
 def batches(
-    models: dict[str, Griffin], others: dict[str, Any], read: float, steps: int, rounds: int
+    models: dict[str, Griffin], others: dict[str, Any], read: Callable[[], int], steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Tokens a second with 1 and 8 rows; `read` is what a streaming read gives, bytes a second."""
+    """Tokens a second with 1 and 8 rows; `read` streams memory once and says how many bytes: it takes its turn too."""
     found = []
     for rows in (1, 8):
-        tasks: dict[str, Callable[[int], None]] = {name: our_decoder(model, rows) for name, model in models.items()}
+        tasks: dict[str, Callable[[int], object]] = {name: our_decoder(model, rows) for name, model in models.items()}
         tasks["griffin fp32, model(tokens, state)"] = forward_decoder(models["griffin fp32"], rows)
         for name, peer in others.items():
             tasks[name] = peers.google_decoder(peer, rows) if name == peers.GOOGLE else peers.hf_decoder(peer, rows)
+        tasks["read"] = lambda count: [read() for _ in range(count)]
         speeds = _speeds(tasks, rows, steps, rounds)
+        bytes_per_s = speeds.pop("read") / rows * read()
         for name, speed in speeds.items():
             model = models.get(name)
-            share = None if model is None or rows > 1 else speed * weight_bytes(model) / read
+            share = None if model is None or rows > 1 else speed * weight_bytes(model) / bytes_per_s
             ratio = speed / speeds[peers.THEIRS]
-            found.append({"rows": rows, "model": name, "tokens_per_s": speed, "ratio": ratio, "of_read": share})
+            found.append(
+                {
+                    "rows": rows,
+                    "model": name,
+                    "tokens_per_s": speed,
+                    "ratio": ratio,
+                    "of_read": share,
+                    "read_bytes_per_s": bytes_per_s,
+                }
+            )
     return found
 
 
@@ -89,7 +100,7 @@ def contexts(models: dict[str, Griffin], steps: int, rounds: int) -> list[dict[s
     return found
 
 
-def _speeds(tasks: dict[str, Callable[[int], None]], rows: int, steps: int, rounds: int) -> dict[str, float]:
+def _speeds(tasks: Mapping[str, Callable[[int], object]], rows: int, steps: int, rounds: int) -> dict[str, float]:
     seconds = timing.interleaved({name: lambda run=run: run(steps) for name, run in tasks.items()}, rounds=rounds)
     return {name: rows * steps / timing.median(values) for name, values in seconds.items()}
 

@@ -75,7 +75,7 @@ def speeds(shapes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     for shape in shapes:
         B, T = (int(part) for part in shape.split("x"))
         steps = {name: stepper(model, shape) for name, model in models.items()}
-        few = T > SLOWEST  # then theirs is left out: its T x T products take more memory than this machine has
+        few = T > SLOWEST  # then theirs is left out: T x T scores and weights of four layers alone are 13 GB
         if few:
             steps.pop(peers.THEIRS)
         if not few:
