@@ -5,6 +5,7 @@ python -m benchmarks.numerics
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -56,6 +57,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
     errors: dict[str, dict[str, float]] = {}
     for name, (op, tensors) in inputs().items():
