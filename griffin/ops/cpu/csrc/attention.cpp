@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t SLOTS = 64;
+constexpr int64_t VALUES = 4 * LANES;  // channels of values summed at a time
 
 struct Ring {
   int64_t B, S, H, G, K;
@@ -69,7 +70,19 @@ INLINE void attend(const T* q, const T* k, const T* v, int64_t count, const Ring
     const Part part = part_at(scratch, r, task, head + n);
     part.top = top, part.sum = sum(total);
   }
-  for (int64_t c = 0; c < r.K; c += LANES) {
+  int64_t c = 0;
+  for (; c + VALUES <= r.K; c += VALUES) {  // several sums at a time: one alone would wait for itself
+    Vec acc[N][VALUES / LANES] = {};
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t j = 0; j < VALUES / LANES; ++j) {
+        const Vec value = load(v + s * r.G * r.K + c + j * LANES);
+        for (int n = 0; n < N; ++n) acc[n][j] = fma(value, splat(scores[n][s]), acc[n][j]);
+      }
+    for (int n = 0; n < N; ++n)
+      for (int64_t j = 0; j < VALUES / LANES; ++j)
+        store(part_at(scratch, r, task, head + n).values + c + j * LANES, acc[n][j]);
+  }
+  for (; c < r.K; c += LANES) {
     const int64_t lanes = smaller(LANES, r.K - c);
     Vec acc[N] = {};
     for (int64_t s = 0; s < count; ++s) {
