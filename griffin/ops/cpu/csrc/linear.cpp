@@ -24,7 +24,7 @@ INLINE void add_span(const W* w, const X* x, int64_t N, int64_t K, int64_t count
       Vec part[M][NB];
       for (int m = 0; m < M; ++m)
         for (int j = 0; j < NB; ++j) part[m][j] = sums[(n + j) * M + m];
-      dots_span<M, NB>(w, x + n * K, K, count, ahead, part);
+      dots<M, NB>(w, K, x + n * K, K, count, ahead, part);
       for (int m = 0; m < M; ++m)
         for (int j = 0; j < NB; ++j) sums[(n + j) * M + m] = part[m][j];
     };

@@ -47,13 +47,21 @@ inline int64_t prefetch_distance(int64_t row_bytes) { return row_bytes <= 4096 ?
 
 constexpr int64_t LINE = 64;  // bytes
 
-// acc[m][n] += w[m] . x[n] over K, for M rows of W, `row` apart, and N rows of x.
+// What to ask memory for while sums are made: rows m with m % shares == share of M of them from `from` on.
+template <class W>
+struct Ahead {
+  const W* from;
+  int64_t share, shares;
+};
+
+// acc[m][n] += w[m] . x[n] over `count` inputs, for M rows of W, `row` apart, and N rows of x, K apart.
 template <int M, int N, class W, class X>
-INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t ahead, Vec (&acc)[M][N]) {
+INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t count, const Ahead<W>& ahead,
+                 Vec (&acc)[M][N]) {
   constexpr int64_t STEP = LINE / sizeof(W);
   int64_t k = 0;
-  for (; k + STEP <= K; k += STEP) {
-    for (int m = 0; m < M; ++m) __builtin_prefetch(reinterpret_cast<const char*>(w + m * row + k) + ahead);
+  for (; k + STEP <= count; k += STEP) {
+    for (int64_t m = ahead.share; m < M; m += ahead.shares) __builtin_prefetch(ahead.from + m * row + k);
 #pragma GCC unroll 4
     for (int64_t j = k; j < k + STEP; j += LANES) {
       Vec v[N];
@@ -64,41 +72,10 @@ INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t ahead, 
       }
     }
   }
-  for (; k < K; k += LANES) {
-    const int64_t lanes = smaller(LANES, K - k);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * row + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
-  }
-}
-
-// What to ask memory for while sums are made: rows m with m % shares == share of M of them from `from` on.
-template <class W>
-struct Ahead {
-  const W* from;
-  int64_t share, shares;
-};
-
-// As dots, over `count` of K inputs.
-template <int M, int N, class W, class X>
-INLINE void dots_span(const W* w, const X* x, int64_t K, int64_t count, const Ahead<W>& ahead, Vec (&acc)[M][N]) {
-  constexpr int64_t STEP = LINE / sizeof(W);
-  int64_t k = 0;
-  for (; k + STEP <= count; k += STEP) {
-    for (int64_t m = ahead.share; m < M; m += ahead.shares) __builtin_prefetch(ahead.from + m * K + k);
-#pragma GCC unroll 4
-    for (int64_t j = k; j < k + STEP; j += LANES) {
-      Vec v[N];
-      for (int n = 0; n < N; ++n) v[n] = load(x + n * K + j);
-      for (int m = 0; m < M; ++m) {
-        const Vec weights = load(w + m * K + j);
-        for (int n = 0; n < N; ++n) acc[m][n] = fma(weights, v[n], acc[m][n]);
-      }
-    }
-  }
   for (; k < count; k += LANES) {
     const int64_t lanes = smaller(LANES, count - k);
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * K + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * row + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
   }
 }
 
