@@ -4,8 +4,10 @@
     python -m benchmarks.train_step --shapes 1x1024 --rounds 5 --no-memory
 
 RecurrentGemma of transformers has the same weights and sees the same keys; its Gemma is a Transformer of the same
-widths. fp32. Peak memory is that of a process which does two steps of one model and nothing else, over what it had
-before the model was made; "recompute" keeps one input per block.
+widths. fp32. Freed memory is kept for the next step, as `griffin train` does, for all models of a process alike.
+Rows of more than 4096 tokens run in a process per model, and transformers' RecurrentGemma there once, without a step to
+warm up. Peak memory is that of a process which does two steps of one model and nothing else, over what it had before
+the model was made; "recompute" keeps one input per block.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,10 +26,10 @@ from torch import Tensor
 from benchmarks import peers, timing
 from griffin import Griffin
 from griffin.loss import cross_entropy
-from griffin.train.memory import return_freed_memory
+from griffin.train.memory import keep_freed_memory, return_freed_memory
 
 OURS, RECOMPUTE = "griffin fp32", "griffin fp32, recompute"
-SLOWEST = 4096  # tokens of a row up to which transformers' quadratic code is run
+LONG = 4096  # tokens of a row: T x T scores and weights of transformers' four layers take 13 GB at twice as many
 
 
 def our_loss(model: Griffin, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,36 +55,38 @@ def stepper(model: Any, shape: str) -> Callable[[], float]:
 
 
 def make(name: str) -> Any:
+    if name == RECOMPUTE:
+        return_freed_memory()
+    else:
+        keep_freed_memory()
     if name == peers.THEIRS:
         return peers.twins()[1].train()
     if name == peers.GEMMA:
         return peers.gemma().train()
-    if name == RECOMPUTE:
-        return_freed_memory()  # as griffin train does
     return Griffin(peers.CONFIG, recompute=name == RECOMPUTE).train()
 
 
-def peak(name: str, shape: str, threads: int) -> int:
-    """Bytes at the peak of two steps, in a process of their own."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--peak-of", name, "--shapes", shape]
-    done = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
-    return int(json.loads(done.stdout.splitlines()[-1]))
+def alone(name: str, shape: str, threads: int, steps: int = 2) -> dict[str, Any]:
+    """Do so many steps in a process of their own: the bytes at its peak, and the seconds of the last step."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--alone", name, "--shapes", shape]
+    done = subprocess.run(
+        [*command, "--steps", str(steps), "--threads", str(threads)], capture_output=True, text=True, check=True
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def speeds(shapes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    ours, theirs = peers.twins()
-    models = {OURS: ours.train(), peers.THEIRS: theirs.train(), peers.GEMMA: peers.gemma().train()}
+def speeds(shapes: Sequence[str], rounds: int, threads: int) -> list[dict[str, Any]]:
     found = []
+    names = (OURS, peers.THEIRS, peers.GEMMA)
     for shape in shapes:
         B, T = (int(part) for part in shape.split("x"))
-        steps = {name: stepper(model, shape) for name, model in models.items()}
-        few = T > SLOWEST  # then theirs is left out: T x T scores and weights of four layers alone are 13 GB
-        if few:
-            steps.pop(peers.THEIRS)
-        if not few:
+        if T > LONG:
+            seconds = {name: [alone(name, shape, threads, 1 if name == peers.THEIRS else 2)["s"]] for name in names}
+        else:
+            steps = {name: stepper(make(name), shape) for name in names}
             for step in steps.values():
                 step()
-        seconds = timing.interleaved(steps, rounds=1 if few else rounds, warmup=0)
+            seconds = timing.interleaved(steps, rounds=rounds, warmup=0)
         tokens_per_s = {name: B * T / timing.median(values) for name, values in seconds.items()}
         found.append({"shape": shape, "tokens_per_s": tokens_per_s})
     return found
@@ -89,7 +94,10 @@ def speeds(shapes: Sequence[str], rounds: int) -> list[dict[str, Any]]:
 
 def memory(shapes: Sequence[str], threads: int) -> list[dict[str, Any]]:
     names = (OURS, RECOMPUTE, peers.THEIRS, peers.GEMMA)
-    return [{"shape": shape, "peak_bytes": {name: peak(name, shape, threads) for name in names}} for shape in shapes]
+    return [
+        {"shape": shape, "peak_bytes": {name: alone(name, shape, threads)["peak_bytes"] for name in names}}
+        for shape in shapes
+    ]
 
 
 def report(steps: list[dict[str, Any]], peaks: list[dict[str, Any]]) -> str:
@@ -116,16 +124,19 @@ def main() -> None:
     parser.add_argument("--memory-shapes", nargs="*", default=["4x512", "1x2048"], help="of the peaks; none: no peaks")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.peak_of:
+    if args.alone:
         before = timing.peak_bytes()
-        step = stepper(make(args.peak_of), args.shapes[0])
-        step(), step()
-        print(timing.peak_bytes() - before)
+        step = stepper(make(args.alone), args.shapes[0])
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            step()
+        print(json.dumps({"s": time.perf_counter() - start, "peak_bytes": timing.peak_bytes() - before}))
         return
-    steps = speeds(args.shapes, args.rounds)
+    steps = speeds(args.shapes, args.rounds, args.threads)
     peaks = memory(args.memory_shapes, args.threads)
     print(report(steps, peaks))
     shape = {"parameters": peers.CONFIG.num_parameters(), "dtype": "fp32"}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from griffin.train.memory import return_freed_memory
+from griffin.train.memory import keep_freed_memory, return_freed_memory
 
 # A process of its own: what malloc does is set for good. The first block freed makes glibc keep those of its size.
 SCRIPT = """
@@ -26,8 +26,35 @@ del blocks[::2]
 print((full - resident()) / (20 * 2**23))
 """
 
+FAULTS = """
+import resource, sys, torch
+from griffin.train.memory import keep_freed_memory
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+if sys.argv[1] == "kept" and not keep_freed_memory():
+    sys.exit("mallopt cannot be set here")
+faults = []
+for _ in range(12):  # the first few leave splinters between them
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MB
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1] / faults[0])
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+
+
+@glibc
+def test_large_blocks_are_used_again() -> None:
+    """Pages touched for the first time, in the last round over the first."""
+    again = {}
+    for mode in ("by default", "kept"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+        again[mode] = float(done.stdout)
+    assert again["by default"] > 0.9  # else the setting has nothing to do
+    assert again["kept"] < 0.1
+
+
+@glibc
 def test_freed_blocks_go_back_to_the_system() -> None:
     given_back = {}
     for mode in ("kept", "returned"):
@@ -40,3 +67,4 @@ def test_freed_blocks_go_back_to_the_system() -> None:
 def test_elsewhere_it_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not return_freed_memory()
+    assert not keep_freed_memory()

@@ -21,7 +21,7 @@ from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, reporting
-from griffin.train.memory import return_freed_memory
+from griffin.train.memory import keep_freed_memory, return_freed_memory
 from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
 from griffin.train.snapshot import Progress, latest, load_snapshot, remove_leftovers, save_snapshot
@@ -116,8 +116,8 @@ class _Run:
         _check_data(config, config.model, data)
         self.num_rows = count_rows(data.train, config.row_tokens)
         self.newest = newest
-        if config.recompute and self.device.type == "cpu":
-            return_freed_memory()  # or the heap keeps what recomputation saves
+        if self.device.type == "cpu":
+            return_freed_memory() if config.recompute else keep_freed_memory()
         self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
         self.validation = Validation.of(
