@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 from griffin import PRESETS, Griffin
 from griffin.ops.cpu import library
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is made: Triton interprets or compiles, per process
 
 settings.register_profile(
     "griffin", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
