@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from griffin.errors import GriffinError
+from griffin.infer.filters import Chosen, Filters, choose
 from griffin.infer.prefill import Progress, prefill
-from griffin.infer.sample import Choice, Sampling, sample
+from griffin.infer.sample import NUCLEUS_FIRST, Choice, Sampling, draws, read
 from griffin.infer.step import DecodeStep
 from griffin.infer.stop import StopGate
 from griffin.model import Griffin
@@ -152,13 +153,14 @@ class Generation:
         self, model: Griffin, rows: list[Row], state: State, *, num_top: int, chunk: int, progress: Progress | None
     ) -> None:
         self.model, self.rows, self.num_top, self.chunk, self.progress = model, rows, num_top, chunk, progress
-        self._live, self._state = list(rows), state
-        self._step: DecodeStep | None = None  # of the rows that are left
+        self._places: list[Row | None] = list(rows)  # whose the rows of the state are; None: of one that has left
+        self._state, self._keeps_places = state, state.position.is_cuda
         self._seen: Tensor | None = None
         if any(row.sampling.repetition_penalty not in (None, 1.0) for row in rows):
             self._seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=state.position.device)
             for index, row in enumerate(rows):
                 self._seen[index, row.prompt] = True
+        self._gather()
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -173,7 +175,7 @@ class Generation:
     def completion(self, index: int) -> Completion:
         """Give the completion of a prompt as far as it is. Ask once, and not before the first piece."""
         row = self.rows[index]
-        return row.completion(row.state or self._state.rows([self._live.index(row)]))
+        return row.completion(row.state or self._state.rows([self._places.index(row)]))
 
     def _run(self) -> Iterator[Piece]:
         # No grad mode may be set here: it would last while the caller has the iterator. What computes sets its own.
@@ -182,53 +184,77 @@ class Generation:
         hidden = prefill(
             self.model, self._state, [row.prompt for row in self.rows], chunk=self.chunk, progress=self.progress
         )
-        pieces = [row.piece((), "", "length") for row in self._live if row.max_tokens == 0]
-        logits = self._logits(hidden[self._leave()])
+        pieces = [row.piece((), "", "length") for row in self.rows if row.max_tokens == 0]
+        choice = self._first(hidden[self._leave()])
         yield from pieces
-        while self._live:
-            choice = self._choose(logits)
+        while any(self._places):
             pieces = [
                 row.take(token, logprob, top)
-                for row, token, logprob, top in zip(self._live, choice.ids, choice.logprobs, choice.top, strict=True)
+                for row, token, logprob, top in zip(self._places, choice.ids, choice.logprobs, choice.top, strict=True)
+                if row is not None
             ]
             going = self._leave()
             yield from pieces
-            if self._live:
-                logits = self._read([choice.ids[index] for index in going])
+            if going:
+                choice = self._next([choice.ids[index] for index in going])
 
     @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.logits(hidden)
+    def _first(self, hidden: Tensor) -> Choice:
+        """Choose each row's first token."""
+        if not len(hidden):
+            return Choice([], [], [])
+        self._draw()
+        return read(self._choose(self.model.logits(hidden)))
 
     @torch.no_grad()
-    def _choose(self, logits: Tensor) -> Choice:
-        samplings, generators = zip(*((row.sampling, row.generator) for row in self._live), strict=True)
-        return sample(logits, samplings, generators, self._seen, num_top=self.num_top)
-
-    @torch.no_grad()
-    def _read(self, ids: list[int]) -> Tensor:
-        """Let the model read one token of each live row, and give the logits of the next: (B, V)."""
+    def _next(self, ids: list[int]) -> Choice:
+        """Let the model read one token of each row, and choose the next."""
         tokens = torch.tensor(ids, device=self._state.position.device)
-        if self._step is None:
-            self._step = DecodeStep(self.model, self._state)
-        logits = self._step(tokens)
-        for row in self._live:
-            row.last_read = True
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
-        return logits
+        self._draw()
+        choice = read(self._step(tokens))
+        for row in self._places:
+            if row is not None:
+                row.last_read = True
+        return choice
+
+    def _draw(self) -> None:
+        """Let each row take its uniform number."""
+        numbers = [0.0 if row is None else draws([row.sampling], [row.generator])[0] for row in self._places]
+        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64))
+
+    def _choose(self, logits: Tensor) -> Chosen:
+        """Nothing here waits for a GPU: there it is part of the graph of a step."""
+        first = None if logits.is_cuda else NUCLEUS_FIRST
+        return choose(logits, self._filters, self._uniform, self._seen, num_top=self.num_top, first=first)
 
     def _leave(self) -> list[int]:
-        """Take finished rows out of the batch, and say which rows of it stay."""
-        going = [index for index, row in enumerate(self._live) if row.finish_reason is None]
-        if len(going) < len(self._live):
-            for index, row in enumerate(self._live):
-                if row.finish_reason is not None:
-                    row.state = self._state.rows([index])
-            self._live = [self._live[index] for index in going]
-            self._state, self._step = self._state.rows(going), None
-            self._seen = None if self._seen is None else self._seen[going]
+        """Let finished rows leave the batch, and say which rows of it stay.
+
+        On a GPU a batch of another size is another graph, so there rows that have left are kept, and computed for
+        nobody, until they are half of the batch.
+        """
+        for index, row in enumerate(self._places):
+            if row is not None and row.finish_reason is not None:
+                row.state = self._state.rows([index])
+                self._places[index] = None
+        going = [index for index, row in enumerate(self._places) if row is not None]
+        if len(going) == len(self._places) or (self._keeps_places and 2 * len(going) > len(self._places)):
+            return list(range(len(self._places)))
+        self._places = [self._places[index] for index in going]
+        self._state = self._state.rows(going)
+        self._seen = None if self._seen is None else self._seen[going]
+        self._gather()
         return going
+
+    def _gather(self) -> None:
+        """Make what belongs to a batch of this composition."""
+        rows = [row for row in self._places if row is not None]
+        device = self._state.position.device
+        self._filters = Filters.of([row.sampling for row in rows], self.model.config.vocab_size, device)
+        self._uniform = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        self._step = DecodeStep(self.model, self._state, self._choose)
 
 
 def check_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from griffin.infer.graph import Captured
 from griffin.model import Griffin
 from griffin.ops.cpu import library
 from griffin.ops.cpu.record import NotRecordableError, Program, recording
@@ -17,79 +20,111 @@ from griffin.state import State
 class DecodeStep:
     """logits = step(tokens): what `model.logits(model(tokens, state))` computes, state advanced, without its Python.
 
-    On a CPU with our kernels the first call runs the model's forward and keeps its kernel calls; later ones make these
-    again from C, on the same memory. There is no second description of the network. Elsewhere (`recorded` is False)
-    every call runs the forward. So it is used in a loop:
+    The first call runs the model's forward and keeps what it did; later ones do that again on the same memory. There is
+    no second description of the network. On a CPU with our kernels their calls are kept, and made again from C; on a
+    CUDA device the step, and what is to be done with its logits, is a CUDA graph. Elsewhere every call runs the
+    forward. So it is used in a loop:
 
-        step = DecodeStep(model, state)
+        step = DecodeStep(model, state, lambda logits: logits.argmax(dim=-1))
         while ...:
-            tokens = step(tokens).argmax(dim=-1)
+            tokens = step(tokens)
 
     While it is in use, hooks and replaced modules of the model are not seen; parameters changed in place or moved are.
 
     Args:
         model: the model.
         state: B rows, advanced in place by every call.
+        then: what a call makes of the logits, (B, V) fp32, and returns; None returns them. The next call may overwrite
+            the logits and, on a CUDA device, what `then` returned; there it must not wait for the device.
+
+    Attributes:
+        kept: "kernels", "graph" or, where every call runs the forward, None.
     """
 
-    def __init__(self, model: Griffin, state: State) -> None:
-        self.model, self.state = model, state
-        self.recorded = model.device.type == "cpu" and library.status()[0]
+    def __init__(self, model: Griffin, state: State, then: Callable[[Tensor], Any] | None = None) -> None:
+        self.model, self.state, self.then = model, state, then or (lambda logits: logits)
+        self.kept: Literal["kernels", "graph"] | None = None
+        if model.device.type == "cuda":
+            self.kept = "graph"
+        elif model.device.type == "cpu" and library.status()[0]:
+            self.kept = "kernels"
         self._tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=state.position.device)
-        self._logits: Tensor | None = None
-        self._program: Program | None = None
+        self._again: Callable[[], Any] | None = None
         self._parameters: list[Tensor] = []
         self._addresses: list[int] = []
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> Any:
         """Read one token of each row.
 
         Args:
             tokens: (B,) whole numbers in [0, V).
 
         Returns:
-            (B, V) fp32, which the next call may overwrite.
+            (B, V) fp32 logits, or what `then` made of them.
 
         Raises:
-            ValueError: shapes or values do not fit the model or the state.
+            ValueError: shapes or values do not fit the model or the state (values are checked on a CPU only).
         """
         if tokens.shape != (self.state.batch_size,):
             raise ValueError(f"tokens is {tuple(tokens.shape)}; the state has {self.state.batch_size} rows")
-        if not self.recorded or not len(tokens):
+        if self.kept is None or not len(tokens):
             return self._forward(tokens)
-        check_tokens(tokens, self.model.config.vocab_size)
+        if self.kept == "kernels":
+            check_tokens(tokens, self.model.config.vocab_size)
         self._tokens.copy_(tokens[:, None])
         longest = self.state.longest + 1
         self.state.reserve_(longest)
-        if self._program is not None and self._addresses == self._memory():
-            self._program.run()
-        elif not self._record():
-            return self._forward(tokens)
+        if self._again is not None and self._addresses == self._memory():
+            result = self._again()
+        elif self.kept == "graph":
+            self._capture()
+            assert self._again is not None
+            result = self._again()
+        else:
+            result = self._record(tokens)
         self.state.longest = longest
-        assert self._logits is not None
-        return self._logits
+        return result
 
-    def _forward(self, tokens: Tensor) -> Tensor:
-        return self.model.logits(self.model(tokens[:, None], self.state)[:, -1])
+    def _forward(self, tokens: Tensor) -> Any:
+        return self.then(self.model.logits(self.model(tokens[:, None], self.state)[:, -1]))
 
-    def _record(self) -> bool:
-        """Run the step and keep its calls; put the state back and say False if it holds more than kernels."""
+    def _step(self) -> Tensor:
+        """Run the forward for `_tokens`, but for what the host counts."""
+        hidden = self.model.run(self._tokens, self.state, next_span_(self.model.config, self.state))
+        return self.model.logits(hidden[:, -1])
+
+    def _capture(self) -> None:
+        """Make the CUDA graph; the state is put back to where it was."""
+        before = self.state.clone()
+        self._keep(Captured(lambda: self.then(self._step()), self.model.device))
+        self.state.set_rows_(range(self.state.batch_size), before)
+
+    def _record(self, tokens: Tensor) -> Any:
+        """Run the step and keep its calls; if it holds more than kernels, put the state back and run the forward."""
         before = self.state.clone()
         try:
             with recording() as calls:
-                hidden = self.model.run(self._tokens, self.state, next_span_(self.model.config, self.state))
-                self._logits = self.model.logits(hidden[:, -1])
+                logits = self._step()
         except NotRecordableError as error:
-            warnings.warn(f"decoding goes operation by operation, which is slower: {error}", stacklevel=3)
+            warnings.warn(f"decoding goes operation by operation, which is slower: {error}", stacklevel=4)
             self.state.set_rows_(range(self.state.batch_size), before)
-            self.recorded = False
-            return False
-        self._program = Program(calls)
+            self.kept = None
+            return self._forward(tokens)
+        program = Program(calls)
+
+        def again() -> Any:
+            program.run()
+            return self.then(logits)
+
+        self._keep(again)
+        return self.then(logits)
+
+    def _keep(self, again: Callable[[], Any]) -> None:
+        self._again = again
         self._parameters = [*self.model.parameters(), *self.model.buffers()]
         self._addresses = self._memory()
-        return True
 
     def _memory(self) -> list[int]:
-        """Where everything lies that the program reads or writes: parameters may be moved, global attention grows."""
+        """Where everything lies that is read or written: parameters may be moved, global attention grows."""
         return [tensor.data_ptr() for tensor in (*self._parameters, *self.state.tensors().values())]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from griffin import PRESETS, Griffin, GriffinError, State, Tokenizer
-from griffin.infer.generate import Completion, generate
+from griffin.infer.generate import Completion, generate, start
 from griffin.infer.prefill import prefill
 from griffin.ops.cpu import library
 
@@ -162,6 +162,23 @@ def test_rows_that_are_done_leave_the_batch(model: Griffin, tokenizer: Tokenizer
     with library.without_kernels():  # with them a step is recorded, and hooks do not see it
         generate(model, tokenizer, 3 * ["ab"], max_tokens=[1, 4, 2], ignore_eos=True)
     assert sizes == [(3, 3), (2, 1), (1, 1), (1, 1)]  # the last token of a row is never read
+
+
+def test_rows_that_are_done_may_keep_their_places(model: Griffin, tokenizer: Tokenizer) -> None:
+    """As on a GPU, where a batch of another size is another graph: no row's result changes, nor its state."""
+    options: dict[str, Any] = {**WARM, "seed": [3, 1, 4, 1, 5], "max_tokens": [9, 40, 0, 3, 33], "ignore_eos": True}
+    expected = generate(model, tokenizer, PROMPTS, **options)
+    generation = start(model, tokenizer, PROMPTS, **options)
+    generation._keeps_places = True
+    sizes = set()
+    for _ in generation:
+        sizes.add(len(generation._places))
+    assert sizes == {5, 2, 1, 0}
+    for index, wanted in enumerate(expected):
+        found = generation.completion(index)
+        assert (found.tokens, found.text, found.unread) == (wanted.tokens, wanted.text, wanted.unread)
+        for a, b in zip(found.state.tensors().values(), wanted.state.tensors().values(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("chunk", [1, 512])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin import GriffinError
-from griffin.infer import sample as module
+from griffin.infer.filters import Filters, invert, penalised, weights_of
 from griffin.infer.sample import Sampling, sample
 
 
@@ -36,9 +36,11 @@ def keep(sampling: Sampling, logits: list[float], seen: set[int]) -> dict[int, f
     return {i: w / total for i, w in weights.items() if w > 0}
 
 
-def distribution(logits: Tensor, samplings: list[Sampling], seen: Tensor | None = None) -> Tensor:
-    scores = logits if seen is None else module._penalise(logits, samplings, seen)
-    weights = module._filtered(scores, samplings)
+def distribution(logits: Tensor, samplings: list[Sampling], seen: Tensor | None = None, first: int = 1024) -> Tensor:
+    filters = Filters.of(samplings, logits.shape[1], logits.device)
+    scores = logits if seen is None or filters.penalty is None else penalised(logits, filters.penalty, seen)
+    weights = weights_of(scores, filters, first)
+    assert torch.equal(weights, weights_of(scores, filters, None))  # as a CUDA graph computes it
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -138,9 +140,9 @@ def test_the_end_of_the_distribution_stays_inside() -> None:
     # u * total rounds up to the total for some totals; the draw is then the last token with any weight.
     weights = torch.tensor([[0.0, 1.0, 2**-52, 0.0]], dtype=torch.float64)
     almost_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert module._invert(weights, almost_one).item() in (1, 2)
-    assert module._invert(weights, torch.tensor([1.0], dtype=torch.float64)).item() == 2
-    assert module._invert(weights, torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert invert(weights, almost_one).item() in (1, 2)
+    assert invert(weights, torch.tensor([1.0], dtype=torch.float64)).item() == 2
+    assert invert(weights, torch.tensor([0.0], dtype=torch.float64)).item() == 1
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

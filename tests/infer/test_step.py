@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from griffin import Griffin, State
+from griffin.infer import step as module
 from griffin.infer.step import DecodeStep
 from griffin.ops import add
 from griffin.ops.cpu import library
@@ -50,7 +51,7 @@ def _follow(model: Griffin, state: State, steps: int) -> Iterator[tuple[Tensor, 
     for _ in range(steps):
         tokens = torch.randint(0, model.config.vocab_size, (state.batch_size,))
         yield step(tokens).clone(), _forward(model, tokens, other)
-    assert step.recorded == library.status()[0]
+    assert (step.kept == "kernels") == library.status()[0]
     assert state.longest == other.longest
     for name, tensor in state.tensors().items():
         assert torch.equal(tensor, other.tensors()[name])
@@ -134,7 +135,7 @@ def test_what_is_no_kernel_is_not_recorded_but_computed(make_lively: MakeModel) 
     tokens = torch.tensor([5])
     with pytest.warns(UserWarning, match=r"operation by operation.*aten\.mul"):
         assert torch.equal(step(tokens), _forward(model, tokens, other))
-    assert not step.recorded
+    assert step.kept is None
     assert torch.equal(step(tokens), _forward(model, tokens, other))
     assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True))
 
@@ -144,6 +145,48 @@ def test_without_kernels_every_step_is_a_forward(make_lively: MakeModel) -> None
     with library.without_kernels():
         for got, wanted in _follow(model, _read(model, [3, 1]), 4):
             assert torch.equal(got, wanted)
+
+
+class Repeated:
+    """What `Captured` does of a function, on a CPU: two calls that count for nothing, then one for each launch."""
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device) -> None:
+        self.function = function
+        function(), function()
+
+    def __call__(self) -> Tensor:
+        return self.function()
+
+
+@pytest.mark.parametrize("preset", ["griffin-tiny", "transformer-tiny"])
+def test_a_graph_is_the_forward(make_lively: MakeModel, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """The bookkeeping around a CUDA graph: what its warm-up does to the state is undone, and slots may grow."""
+    monkeypatch.setattr(module, "Captured", Repeated)
+    model = _model(make_lively, "float32", preset)
+    state = _read(model, [3, 1])
+    other, step = state.clone(), DecodeStep(model, state, lambda logits: logits.argmax(dim=-1))
+    step.kept = "graph"
+    tokens = torch.tensor([5, 7])
+    for _ in range(12):
+        wanted = _forward(model, tokens, other).argmax(dim=-1)
+        tokens = step(tokens)
+        assert torch.equal(tokens, wanted)
+    assert state.longest == other.longest
+    for name, tensor in state.tensors().items():
+        assert torch.equal(
+            tensor[:, : other.tensors()[name].shape[1]] if tensor.dim() > 1 else tensor, other.tensors()[name]
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["griffin-tiny", "transformer-tiny"])
+def test_a_cuda_graph_is_the_forward(make_lively: MakeModel, preset: str) -> None:
+    model = _model(make_lively, "bfloat16", preset).cuda()
+    state = model.new_state(2)
+    other, step = state.clone(), DecodeStep(model, state)
+    for token in range(20):
+        tokens = torch.tensor([token, 2 * token], device="cuda")
+        torch.testing.assert_close(step(tokens), _forward(model, tokens, other))
 
 
 def test_wrong_tokens_change_nothing(model: Griffin) -> None:

@@ -1,0 +1,155 @@
+"""The arithmetic of sampling. Nothing in `choose` waits for the device, so that a CUDA graph can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class _Sampling(Protocol):
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def top_p(self) -> float | None: ...
+    @property
+    def min_p(self) -> float | None: ...
+    @property
+    def repetition_penalty(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filters:
+    """The samplings of B rows as columns on their logits' device. None: no row has this filter."""
+
+    temperature: Tensor | None  # (B, 1) fp64, 1 where a row is greedy; None: all are
+    greedy: Tensor  # (B,) bool
+    top_k: Tensor | None  # (B,) int64, V where a row keeps all
+    largest_k: int  # the largest of top_k below V
+    top_p: Tensor | None  # (B, 1) fp64, 1 where a row keeps all
+    min_p: Tensor | None  # (B, 1) fp64
+    penalty: Tensor | None  # (B, 1) fp32
+
+    @classmethod
+    def of(cls, samplings: Sequence[_Sampling], vocab_size: int, device: torch.device) -> Filters:
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        V = vocab_size
+        greedy = [s.temperature == 0 for s in samplings]
+        counts = [min(s.top_k or V, V) for s in samplings]
+        return cls(
+            temperature=None if all(greedy) else column([s.temperature or 1.0 for s in samplings]),
+            greedy=torch.tensor(greedy, dtype=torch.bool, device=device),
+            top_k=column(counts, torch.int64)[:, 0] if any(count < V for count in counts) else None,
+            largest_k=max((count for count in counts if count < V), default=0),
+            top_p=column([s.top_p or 1.0 for s in samplings]) if any((s.top_p or 1) < 1 for s in samplings) else None,
+            min_p=column([s.min_p or 0.0 for s in samplings]) if any(s.min_p for s in samplings) else None,
+            penalty=(
+                column([s.repetition_penalty or 1.0 for s in samplings], torch.float32)
+                if any(s.repetition_penalty not in (None, 1.0) for s in samplings)
+                else None
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """One token of each row; log-probabilities are the model's own, before any filter or temperature."""
+
+    ids: Tensor  # (B,) int64
+    logprobs: Tensor  # (B,) fp32
+    largest: Tensor  # (B,) fp32, the largest logit: not finite if any is NaN or inf, or all are forbidden
+    top_ids: Tensor  # (B, num_top) int64, the likeliest, best first
+    top_logprobs: Tensor  # (B, num_top) fp32
+
+
+def choose(
+    logits: Tensor,
+    filters: Filters,
+    uniform: Tensor,
+    seen: Tensor | None = None,
+    *,
+    num_top: int = 0,
+    first: int | None = None,
+) -> Chosen:
+    """Choose where the cumulative probability, in the order of ids, passes uniform; in greedy rows, the likeliest.
+
+    Args:
+        logits: (B, V) fp32; -inf forbids a token.
+        filters: what is left of them, see `Sampling`.
+        uniform: (B,) fp64 in [0, 1), one draw for each row.
+        seen: (B, V) bool, the tokens that the penalty applies to; None means none.
+        num_top: how many of the likeliest tokens to report.
+        first: candidates that top-p looks at before it sorts the whole vocabulary, which waits for the device to learn
+            whether they are enough; None sorts at once.
+    """
+    scores = logits if seen is None or filters.penalty is None else penalised(logits, filters.penalty, seen)
+    ids = scores.argmax(dim=-1)  # the first of equals
+    if filters.temperature is not None:
+        drawn = invert(weights_of(scores, filters, first), uniform)
+        ids = torch.where(filters.greedy, ids, drawn)
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = (logits.gather(1, ids[:, None]) - normaliser)[:, 0]
+    values, indices = logits.topk(num_top, dim=-1)
+    return Chosen(ids, logprobs, logits.amax(dim=-1), indices, values - normaliser)
+
+
+def penalised(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def weights_of(scores: Tensor, filters: Filters, first: int | None) -> Tensor:
+    """Unnormalised probabilities (B, V) fp64 after all filters; what they drop is 0, the likeliest is 1."""
+    assert filters.temperature is not None
+    scores = scores.double()
+    weights = torch.exp((scores - scores.amax(dim=-1, keepdim=True)) / filters.temperature)
+    if filters.top_k is not None:
+        weights = _keep_first(weights, weights.topk(filters.largest_k, dim=-1).values, filters.top_k)
+    if filters.top_p is not None:
+        weights = _nucleus(weights, filters.top_p, first)
+    if filters.min_p is not None:
+        weights = weights.masked_fill(weights < filters.min_p, 0)
+    return weights
+
+
+def _nucleus(weights: Tensor, p: Tensor, first: int | None) -> Tensor:
+    """Keep the fewest largest weights whose sum is at least p (B, 1) of the whole; p = 1 keeps all."""
+    V = weights.shape[1]
+    wanted = p * weights.sum(dim=-1, keepdim=True)
+    limited = p < 1
+    for size in dict.fromkeys((V if first is None else min(first, V), V)):
+        largest = weights.topk(size, dim=-1).values if size < V else weights.sort(dim=-1, descending=True).values
+        below = largest.cumsum(dim=-1) < wanted
+        if size == V or not bool((below[:, -1:] & limited).any()):
+            break
+    counts = (below.sum(dim=-1) + 1).clamp(max=size)
+    return _keep_first(weights, largest, torch.where(limited[:, 0], counts, V))
+
+
+def _keep_first(weights: Tensor, largest: Tensor, counts: Tensor) -> Tensor:
+    """Keep the first counts (B,) of each row by (weight descending, id ascending), and set the others to 0.
+
+    Args:
+        weights: (B, V).
+        largest: (B, N) the N largest weights in descending order; N >= counts, except where counts = V keeps all.
+    """
+    border = largest.gather(1, (counts - 1).clamp(max=largest.shape[1] - 1)[:, None])
+    above, equal = weights > border, weights == border
+    room = counts[:, None] - above.sum(dim=-1, keepdim=True)
+    keep = above | (equal & (equal.cumsum(dim=-1) <= room)) | (counts == weights.shape[1])[:, None]
+    return weights.masked_fill(~keep, 0)
+
+
+def invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the first id whose cumulative weight is above uniform * total; its own weight is never 0."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    ids = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # rounding up to the total would leave the vocabulary
+    return torch.minimum(ids, last).clamp(max=weights.shape[1] - 1)[:, 0]  # of NaN weights too
