@@ -11,12 +11,11 @@ import hashlib
 import json
 import math
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from griffin.config import GriffinConfig
 from griffin.ops import (
@@ -35,6 +34,7 @@ from griffin.ops import (
     soft_cap,
 )
 from griffin.ops.rg_lru import C
+from griffin.recompute import Recompute, kept
 from griffin.span import Span, advance_, span_of
 from griffin.state import AttentionState, RecurrentState, State
 
@@ -218,8 +218,9 @@ class Griffin(nn.Module):
         activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
             mixed-precision training.
         generator: the source of the initial weights; None is PyTorch's default generator.
-        recompute: keep only the input of each block for the backward pass, and compute the block again there: the
-            activations of one block in memory instead of all, for about a third more time.
+        recompute: which activations of a block are computed again in the backward pass, not kept: "none", "all" (the
+            activations of one block in memory instead of all, for about a third more time), or "cheap" (all but those
+            of matrix products, the recurrence and attention).
     """
 
     def __init__(
@@ -230,10 +231,11 @@ class Griffin(nn.Module):
         dtype: torch.dtype = torch.float32,
         activation_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self._kept = kept
         self.activation_dtype = activation_dtype or dtype
         self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
@@ -297,11 +299,19 @@ class Griffin(nn.Module):
         """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
         x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
         for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
-            if self.recompute and state is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, None, span, use_reentrant=False, preserve_rng_state=False)
+            if state is None:
+                x = self._kept(block, self.recompute, x, None, span)
             else:
-                x = block(x, None if state is None else state.layers[index], span)
+                x = block(x, state.layers[index], span)
         return self.model["final_norm"](x)  # type: ignore[no-any-return]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks for training with torch.compile: one graph for each kind of block, whatever their number.
+
+        Args:
+            options: of torch.compile; `fullgraph` is True unless given.
+        """
+        self._kept = torch.compile(kept, **{"fullgraph": True, **options})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute cap * tanh(hidden embedding^T / cap), or without the cap where the config has none.

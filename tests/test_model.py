@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin import PRESETS, Griffin, State
 from griffin.config import griffin_pattern
@@ -391,7 +392,7 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory() -> No
     config = replace(PRESETS["griffin-tiny"], block_types=griffin_pattern(12))
     ids = torch.randint(0, config.vocab_size, (2, 64))
     gradients, kept = [], []
-    for recompute in (False, True):
+    for recompute in ("none", "all"):
         model = Griffin(config, generator=torch.Generator().manual_seed(0), recompute=recompute)
         sizes: dict[int, int] = {}
 
@@ -409,3 +410,49 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory() -> No
     inputs = config.num_layers * 2 * 64 * config.width * 4
     assert inputs <= kept[1] < 2 * inputs
     assert kept[1] < kept[0] / 8
+
+
+class Noting(TorchDispatchMode):
+    """Note the name of every operation that PyTorch sees."""
+
+    supports_higher_order_operators = True  # torch.compile leaves some
+
+    def __init__(self, calls: list[str]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls.append(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cheap_recomputation_runs_the_recurrence_once(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """The same gradients; what is costly is kept, what is cheap is not."""
+    ids = tokens(2, 40)
+    gradients, memory = {}, {}
+    for recompute in ("none", "cheap"):
+        model = make_model(dtype=torch.float64)  # the definitions, which PyTorch sees
+        model.recompute = recompute
+        if compiled:
+            model.compile_blocks(backend="aot_eager")
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids).square().sum()
+        memory[recompute] = sum(sizes)
+        calls: list[str] = []
+        with Noting(calls):
+            loss.backward()
+        gradients[recompute] = [parameter.grad for parameter in model.parameters()]
+        assert "griffin::rg_lru" not in calls
+        assert "griffin::rg_lru_backward" in calls
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+    assert memory["cheap"] < memory["none"]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
+from griffin.recompute import Recompute
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -41,7 +42,8 @@ class TrainConfig:
     eps: float = 1e-8
     grad_clip: float = 1.0  # longest gradient, in the 2-norm over all parameters
     dtype: Dtype = "fp32"  # bf16: fp32 weights and optimizer with bf16 activations
-    recompute: bool = False  # keep one input per block for the backward pass: less memory, a third more time
+    recompute: Recompute = "none"  # activations that the backward pass computes again: none, cheap, all (see Griffin)
+    compile: bool = False  # the blocks, with torch.compile: a minute at the start, fewer passes over memory after it
     seed: int = 0  # of the initial weights and of the order of the data
     validate_every: int = 200  # steps; also at the end
     validation_rows: int = 64  # rows of row_tokens, the same ones each time, spread over the validation data
@@ -53,6 +55,7 @@ class TrainConfig:
     tensorboard: bool = False  # also write run/tensorboard
     threads: int | None = None  # of the CPU; None: PyTorch's choice
     device: str = "cpu"
+    peak_flops: float | None = None  # of the device in matrix products, for MFU; None: what is known of it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
@@ -67,6 +70,8 @@ class TrainConfig:
         _require(self, "min_learning_rate", 0 <= self.min_learning_rate <= 1, "a fraction of learning_rate, 0 .. 1")
         _require(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         _require(self, "dtype", self.dtype in get_args(Dtype), f"one of {', '.join(get_args(Dtype))}")
+        _require(self, "recompute", self.recompute in get_args(Recompute), f"one of {', '.join(get_args(Recompute))}")
+        _require(self, "peak_flops", self.peak_flops is None or 0 < self.peak_flops < math.inf, "positive, or None")
         _require(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or None")
         _require(self, "train_data", bool(self.train_data), "the path of a text")
         if self.init_from is None and (self.model is None or self.tokenizer is None):

@@ -39,8 +39,9 @@ class Display:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
-        self._bar.update(self._task, completed=step, measures=f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s")
+    def step(self, step: int, loss: float, tokens_per_s: float, mfu: float | None) -> None:
+        share = "" if mfu is None else f"  {mfu:.0%} MFU"
+        self._bar.update(self._task, completed=step, measures=f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s{share}")
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

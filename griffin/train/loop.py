@@ -21,6 +21,7 @@ from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, reporting
+from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.memory import keep_freed_memory, return_freed_memory
 from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -117,9 +118,13 @@ class _Run:
         self.num_rows = count_rows(data.train, config.row_tokens)
         self.newest = newest
         if self.device.type == "cpu":
-            return_freed_memory() if config.recompute else keep_freed_memory()
+            keep_freed_memory() if config.recompute == "none" else return_freed_memory()
         self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
+        if config.compile:
+            self.model.compile_blocks()
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
+        self.peak_flops = config.peak_flops or peak_flops(self.device)
+        self.flops_per_token = flops_per_token(config.model, config.row_tokens)
         self.validation = Validation.of(
             data.validation,
             data.tokenizer,
@@ -184,13 +189,20 @@ class _Run:
         self._count(result)
         progress.seconds += (seconds := time.perf_counter() - began)
         if result.taken:
-            self.display.step(progress.step, result.nats / max(1, result.num_tokens), result.num_tokens / seconds)
+            rate_of_tokens = result.num_tokens / seconds
+            self.display.step(
+                progress.step, result.nats / max(1, result.num_tokens), rate_of_tokens, self._mfu(rate_of_tokens)
+            )
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             self._log(rate, result, seconds)
         if progress.step % config.validate_every == 0 or progress.step == config.steps:
             self._validate()
         if config.sample_every and progress.step % config.sample_every == 0 and progress.step < config.steps:
             self._sample(f"after {progress.step} steps")
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        """The share of the device's matrix products that the model's arithmetic is; None where its peak is unknown."""
+        return None if self.peak_flops is None else tokens_per_s * self.flops_per_token / self.peak_flops
 
     def _count(self, result: StepResult) -> None:
         progress = self.progress
@@ -212,7 +224,8 @@ class _Run:
             )
 
     def _log(self, rate: float, result: StepResult, seconds: float) -> None:
-        progress = self.progress
+        progress, tokens_per_s = self.progress, result.num_tokens / seconds
+        mfu = self._mfu(tokens_per_s)
         self.metrics.write(
             {
                 "step": progress.step,
@@ -222,7 +235,8 @@ class _Run:
                 "tokens": progress.tokens,
                 "skipped": progress.skipped,
                 "seconds": round(progress.seconds, 3),
-                "tokens_per_s": round(result.num_tokens / seconds, 1),
+                "tokens_per_s": round(tokens_per_s, 1),
+                **({} if mfu is None else {"mfu": round(mfu, 4)}),
             }
         )
         progress.logged_nats, progress.logged_tokens = 0.0, 0

@@ -22,8 +22,9 @@ class Metrics:
     """run/metrics.jsonl, flushed line by line, and TensorBoard where asked for.
 
     Training lines have step, loss (nats per token over the steps since the line before), learning_rate, grad_norm (the
-    last step's), tokens and skipped (so far), seconds (of training, so far) and tokens_per_s. Validation lines have
-    step, validation_loss (nats per token) and validation_bits_per_byte. A number that is not finite is written as null.
+    last step's), tokens and skipped (so far), seconds (of training, so far), tokens_per_s and, where the device's peak
+    is known, mfu (of the last step; see `griffin.train.flops`). Validation lines have step, validation_loss (nats per
+    token) and validation_bits_per_byte. A number that is not finite is written as null.
 
     Args:
         run: the run's folder.
