@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def our_loss(model: Griffin, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def stepper(model: Any, shape: str) -> Callable[[], float]:
     """One step on fixed random tokens; returns the loss."""
-    B, T = (int(part) for part in shape.split("x"))
+    B, T = _size(shape)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, peers.CONFIG.vocab_size, (B, T + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
@@ -63,39 +64,53 @@ def make(name: str) -> Any:
         return peers.twins()[1].train()
     if name == peers.GEMMA:
         return peers.gemma().train()
-    return Griffin(peers.CONFIG, recompute=name == RECOMPUTE).train()
+    return Griffin(peers.CONFIG, recompute="all" if name == RECOMPUTE else "none").train()
 
 
-def alone(name: str, shape: str, threads: int, steps: int = 2) -> dict[str, Any]:
-    """Do so many steps in a process of their own: the bytes at its peak, and the seconds of the last step."""
+def alone(name: str, shape: str, threads: int, steps: int = 2) -> dict[str, Any] | None:
+    """Do so many steps in a process of their own: the bytes at its peak, and the seconds of the last step.
+
+    None: the system ended it, for want of memory.
+    """
     command = [sys.executable, "-m", "benchmarks.train_step", "--alone", name, "--shapes", shape]
     done = subprocess.run(
-        [*command, "--steps", str(steps), "--threads", str(threads)], capture_output=True, text=True, check=True
+        [*command, "--steps", str(steps), "--threads", str(threads)], stdout=subprocess.PIPE, text=True
     )
+    if done.returncode == -signal.SIGKILL:
+        return None
+    done.check_returncode()
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def speeds(shapes: Sequence[str], rounds: int, threads: int) -> list[dict[str, Any]]:
     found = []
     names = (OURS, peers.THEIRS, peers.GEMMA)
-    for shape in shapes:
-        B, T = (int(part) for part in shape.split("x"))
+    for shape in sorted(shapes, key=lambda shape: -_size(shape)[1]):  # while this process is small
+        B, T = _size(shape)
+        seconds: dict[str, list[float]] = {}
         if T > LONG:
-            seconds = {name: [alone(name, shape, threads, 1 if name == peers.THEIRS else 2)["s"]] for name in names}
+            for name in names:
+                result = alone(name, shape, threads, 1 if name == peers.THEIRS else 2)
+                seconds[name] = [] if result is None else [result["s"]]
         else:
             steps = {name: stepper(make(name), shape) for name in names}
             for step in steps.values():
                 step()
             seconds = timing.interleaved(steps, rounds=rounds, warmup=0)
-        tokens_per_s = {name: B * T / timing.median(values) for name, values in seconds.items()}
+        tokens_per_s = {name: B * T / timing.median(s) if s else None for name, s in seconds.items()}
         found.append({"shape": shape, "tokens_per_s": tokens_per_s})
-    return found
+    return found[::-1]
+
+
+def _size(shape: str) -> tuple[int, int]:
+    B, T = (int(part) for part in shape.split("x"))
+    return B, T
 
 
 def memory(shapes: Sequence[str], threads: int) -> list[dict[str, Any]]:
     names = (OURS, RECOMPUTE, peers.THEIRS, peers.GEMMA)
     return [
-        {"shape": shape, "peak_bytes": {name: alone(name, shape, threads)["peak_bytes"] for name in names}}
+        {"shape": shape, "peak_bytes": {name: (alone(name, shape, threads) or {}).get("peak_bytes") for name in names}}
         for shape in shapes
     ]
 
@@ -105,14 +120,17 @@ def report(steps: list[dict[str, Any]], peaks: list[dict[str, Any]]) -> str:
     for step in steps:
         base = step["tokens_per_s"].get(peers.THEIRS)
         for name, v in step["tokens_per_s"].items():
-            rows.append([step["shape"], name, f"{v:.0f}", "" if base is None else f"{v / base:.2f}x"])
+            over = "" if base is None or v is None else f"{v / base:.2f}x"
+            rows.append([step["shape"], name, "out of memory" if v is None else f"{v:.0f}", over])
     text = timing.table(["B x T", "model", "tokens/s", "over RecurrentGemma"], rows)
     if peaks:
         rows = []
         for found in peaks:
             base = found["peak_bytes"][peers.THEIRS]
             rows += [
-                [found["shape"], name, f"{v / 1e6:.0f}", f"{v / base:.2f}"] for name, v in found["peak_bytes"].items()
+                [found["shape"], name, f"{v / 1e6:.0f}", f"{v / base:.2f}"]
+                for name, v in found["peak_bytes"].items()
+                if v is not None and base is not None
             ]
         text += "\n\n" + timing.table(["B x T", "model", "peak MB", "over RecurrentGemma"], rows)
     return text
