@@ -100,20 +100,20 @@ def google(config: GriffinConfig = CONFIG) -> Any | None:
     return theirs.Griffin(shape, gradient_checkpointing=False, dtype=torch.float32).eval()
 
 
-def hf_decoder(model: Any, rows: int, context: int = 0) -> Callable[[int], None]:
+def hf_decoder(model: Any, rows: int, context: int = 0, device: torch.device | None = None) -> Callable[[int], None]:
     """Decode greedily with a transformers model after `context` random tokens: call it with a number of tokens."""
     cache = DynamicCache(config=model.config)
     position = context
 
     with torch.no_grad():
-        prompt = torch.randint(1, CONFIG.vocab_size, (rows, max(1, context)))
+        prompt = torch.randint(1, model.config.vocab_size, (rows, max(1, context)), device=device)
         token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(dim=-1)
 
     @torch.no_grad()
     def run(count: int) -> None:
         nonlocal token, position
         for _ in range(count):
-            where = torch.full((1, 1), max(1, position))
+            where = torch.full((1, 1), max(1, position), device=device)
             out = model(token, position_ids=where, past_key_values=cache, use_cache=True)
             token, position = out.logits[:, -1:].argmax(dim=-1), position + 1
 

@@ -36,7 +36,8 @@ def kept(block: Callable[..., Tensor], recompute: Recompute, *inputs: Any) -> Te
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = isinstance(op, torch._ops.OpOverload) and op.name().partition(".")[0] in _KEPT
+    # By full name: variants that write into memory given to them (aten::mm.out) have no result of their own to keep.
+    keep = isinstance(op, torch._ops.OpOverload) and op.name() in _KEPT
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
