@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -451,6 +452,7 @@ def test_cheap_recomputation_runs_the_recurrence_once(
         model = make_model(dtype=torch.float64)  # the definitions, which PyTorch sees
         model.recompute = recompute
         if compiled:
+            torch._dynamo.reset()
             model.compile_blocks(backend="aot_eager")
         sizes: list[int] = []
 
@@ -469,3 +471,25 @@ def test_cheap_recomputation_runs_the_recurrence_once(
         assert "griffin::rg_lru_backward" in calls
     assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
     assert memory["cheap"] < memory["none"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("preset", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
+@pytest.mark.parametrize(("activations", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_compiled_blocks_give_the_same_gradients(preset: str, activations: torch.dtype, tolerance: float) -> None:
+    """Whole, as one graph for each kind of block; packed documents, so that no mask is left out."""
+    ids, positions, gradients = tokens(2, 40), torch.arange(40).repeat(2, 1), []
+    positions[0, 17:] -= 17
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator, recompute="cheap")
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            model.compile_blocks(backend="aot_eager")
+        hidden = model(ids, positions=positions)
+        (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert counters["stats"]["unique_graphs"] == len(set(PRESETS[preset].block_types))
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()

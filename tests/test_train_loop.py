@@ -26,6 +26,7 @@ from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
 from griffin.train import loop
 from griffin.train.config import TrainConfig
+from griffin.train.flops import flops_per_token
 from griffin.train.loop import Result, train
 from griffin.train.metrics import curve, read_metrics
 from griffin.train.snapshot import latest
@@ -74,6 +75,26 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+def test_compiled_blocks_train_alike(tmp_path: Path, config: TrainConfig) -> None:
+    """The same losses but for the rounding of sums, and the share of the device's peak where that is given."""
+    plain, _ = run(config, tmp_path / "plain")
+    compiled, _ = run(replace(config, compile=True, recompute="cheap", peak_flops=1e9), tmp_path / "compiled")
+    assert plain.finished
+    assert compiled.finished
+    lines = [numbers(tmp_path / name) for name in ("plain", "compiled")]
+    for a, b in zip(*lines, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-3)
+    rates = [line for line in read_metrics(tmp_path / "compiled" / "metrics.jsonl") if "mfu" in line]
+    assert len(rates) == 4
+    perfect = 1e9 / flops_per_token(config.model, config.row_tokens)
+    for line in rates:
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] / perfect, abs=1e-4)
 
 
 def test_what_a_run_writes(tmp_path: Path, config: TrainConfig) -> None:

@@ -43,7 +43,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # longest gradient, in the 2-norm over all parameters
     dtype: Dtype = "fp32"  # bf16: fp32 weights and optimizer with bf16 activations
     recompute: Recompute = "none"  # activations that the backward pass computes again: none, cheap, all (see Griffin)
-    compile: bool = False  # the blocks, with torch.compile: a minute at the start, fewer passes over memory after it
+    compile: bool = False  # the blocks, with torch.compile: for a GPU, a minute at the start; a CPU has kernels instead
     seed: int = 0  # of the initial weights and of the order of the data
     validate_every: int = 200  # steps; also at the end
     validation_rows: int = 64  # rows of row_tokens, the same ones each time, spread over the validation data

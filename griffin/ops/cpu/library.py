@@ -51,17 +51,17 @@ def serves(*tensors: Tensor) -> bool:
     """Whether a kernel may be called with these: plain CPU tensors of one dtype, fp32 or bf16, and a library to call.
 
     fp64 is never served: there, PyTorch's operations are the reference. Nor are tensors that only stand for others
-    (fake ones under torch.compile, distributed ones): they take the definition.
+    (fake ones, distributed ones), nor what torch.compile traces: they take the definition.
     """
     dtype = tensors[0].dtype
-    if dtype not in _TYPES or _now().library is None:
+    if torch.compiler.is_compiling() or dtype not in _TYPES or _now().library is None:
         return False
     return all(type(t) in _PLAIN and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
 
 def serves_each(*tensors: Tensor | None) -> bool:
     """As `serves`, but each tensor may be of its own dtype, fp32 or bf16; None is no tensor."""
-    if _now().library is None:
+    if torch.compiler.is_compiling() or _now().library is None:
         return False
     given = [t for t in tensors if t is not None]
     return all(type(t) in _PLAIN and t.dtype in _TYPES and t.device.type == "cpu" for t in given)
@@ -69,7 +69,7 @@ def serves_each(*tensors: Tensor | None) -> bool:
 
 def direct(*tensors: Tensor | None) -> bool:
     """As `serves_each`, and nothing records a gradient or compiles: the dispatcher, 10 us a call, can be left out."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and serves_each(*tensors)
+    return not torch.is_grad_enabled() and serves_each(*tensors)
 
 
 @contextmanager

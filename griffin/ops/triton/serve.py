@@ -29,8 +29,10 @@ def serves(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called with these: plain CUDA tensors in fp32, bf16 or fp16; None is no tensor.
 
     fp64 is never served: there, PyTorch's operations are the reference. Nor are tensors that only stand for others
-    (fake ones under torch.compile, distributed ones): they take the definition.
+    (fake ones, distributed ones), nor what torch.compile traces: they take the definition.
     """
+    if torch.compiler.is_compiling():
+        return False
     given = [t for t in tensors if t is not None]
     if not given[0].is_cuda and not _serving_cpu:
         return False
