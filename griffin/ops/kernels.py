@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from griffin.ops.cpu import library
+from griffin.ops.triton import serve
 
 # What computes each op where no kernel of ours does.
 DEFINITIONS = {
@@ -29,6 +30,11 @@ CPU_KERNELS = (
     *("linear_scan", "rg_lru", "causal_conv1d", "local_attention", "ring_attention", "rms_norm", "geglu", "rope"),
     *("linear", "output_linear", "quantized_linear", "block_diagonal_linear", "embed", "soft_cap"),
 )
+# In ops/triton. ring_attention, and quantized_linear with up to 64 rows, where no gradient is recorded.
+TRITON_KERNELS = (
+    *("linear_scan", "rg_lru", "causal_conv1d", "ring_attention", "rms_norm", "geglu", "quantized_linear"),
+)
+FLASH = "PyTorch's flash attention, fp16 and bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +51,18 @@ def serving(device: str) -> list[Serving]:
         device: as PyTorch names it: "cpu", "cuda", "cuda:1".
     """
     kind = device.partition(":")[0]
-    available, reason = library.status() if kind == "cpu" else (False, f"there are no kernels for {kind} yet")
+    if kind == "cuda":
+        available, reason = serve.status()
+        names = dict.fromkeys(TRITON_KERNELS, "ours") | {"local_attention": FLASH}
+    elif kind == "cpu":
+        available, reason = library.status()
+        names = dict.fromkeys(CPU_KERNELS, "ours")
+    else:
+        available, reason, names = False, f"there are no kernels for {kind}", {}
     rows = []
     for op, definition in DEFINITIONS.items():
-        if op not in CPU_KERNELS and kind == "cpu":
+        if available and op not in names:
             rows.append(Serving(op, definition, "the definition is what there is for it"))
         else:
-            rows.append(Serving(op, "ours" if available else definition, reason))
+            rows.append(Serving(op, names[op] if available else definition, reason))
     return rows

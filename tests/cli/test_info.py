@@ -11,7 +11,8 @@ from griffin import PRESETS, Griffin
 from griffin.cli.main import run
 from griffin.infer.describe import describe
 from griffin.ops.cpu import library
-from griffin.ops.kernels import CPU_KERNELS, DEFINITIONS, serving
+from griffin.ops.kernels import CPU_KERNELS, DEFINITIONS, TRITON_KERNELS, serving
+from griffin.ops.triton import serve
 
 
 @pytest.mark.parametrize("name", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
@@ -56,4 +57,8 @@ def test_the_kernels_that_serve_are_shown() -> None:
         rows = {row.op: row for row in serving("cpu")}
     assert rows["rg_lru"].kernel == "PyTorch, a loop over time"
     assert rows["rg_lru"].reason == "turned off by without_kernels()"
-    assert all(row.kernel != "ours" and "no kernels for cuda" in row.reason for row in serving("cuda:1"))
+    assert all(row.kernel != "ours" and "no kernels for mps" in row.reason for row in serving("mps"))
+    available, reason = serve.status()
+    rows = {row.op: row for row in serving("cuda:1")}
+    assert {row.op for row in rows.values() if row.kernel == "ours"} == (set(TRITON_KERNELS) if available else set())
+    assert rows["rg_lru"].reason == reason
