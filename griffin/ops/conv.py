@@ -8,6 +8,7 @@ from torch import Tensor
 from griffin.ops.cpu import library
 from griffin.ops.cpu import recurrence as cpp
 from griffin.ops.scan import accumulation_dtype
+from griffin.ops.triton import serve
 
 
 def causal_conv1d(
@@ -56,6 +57,10 @@ def causal_conv1d(
 def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if weight.shape[1] <= cpp.MAX_TAPS and serve.serves(x, state):
+        from griffin.ops.triton import causal_conv1d as kernels
+
+        return kernels.causal_conv1d(x, weight, bias, state, reset)
     if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state):
         return cpp.causal_conv1d(x, weight, bias, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
@@ -82,6 +87,10 @@ def _(x, weight, bias, state, reset):  # type: ignore[no-untyped-def]
 def _causal_conv1d_backward(
     dy: Tensor, dlast: Tensor, x: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight.shape[1] <= cpp.MAX_TAPS and serve.serves(x, state, dy, dlast):
+        from griffin.ops.triton import causal_conv1d as kernels
+
+        return kernels.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
     if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state, dy, dlast):
         return cpp.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
@@ -102,7 +111,12 @@ def _causal_conv1d_backward(
 
 @_causal_conv1d_backward.register_fake
 def _(dy, dlast, x, weight, state, reset):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1]), state.clone()
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[:1]),
+        state.new_empty(state.shape),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

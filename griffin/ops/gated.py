@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from griffin.ops.cpu import library
 from griffin.ops.cpu import pointwise as cpp
+from griffin.ops.triton import serve
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -20,8 +22,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
         up: as gate.
 
     Returns:
-        As gate; computed in fp32 (fp64 for fp64). The definition rounds gelu and the product to gate.dtype, the CPU's
-        kernel the product only.
+        As gate; computed in fp32 (fp64 for fp64). The definition rounds gelu and the product to gate.dtype, the
+        kernels the product only.
 
     Gradients for gate and up; only these two are kept for the backward pass.
 
@@ -48,22 +50,36 @@ def _definition(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.impl(_library, "geglu", "CPU")
-def _cpu(gate: Tensor, up: Tensor) -> Tensor:
-    return cpp.geglu(gate, up) if library.serves(gate, up) else _definition(gate, up)
+@torch.library.impl(_library, "geglu", "CUDA")
+def _without_gradient(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = _kernels(gate, up)
+    return kernels.geglu(gate, up) if kernels is not None else _definition(gate, up)
 
 
 @torch.library.impl(_library, "geglu", "AutogradCPU")
-def _autograd_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    return _GeGLU.apply(gate, up) if library.serves(gate, up) else _definition(gate, up)  # type: ignore[no-untyped-call]
+@torch.library.impl(_library, "geglu", "AutogradCUDA")
+def _with_gradient(gate: Tensor, up: Tensor) -> Tensor:
+    kernels = _kernels(gate, up)
+    return _GeGLU.apply(kernels, gate, up) if kernels is not None else _definition(gate, up)  # type: ignore[no-untyped-call]
+
+
+def _kernels(gate: Tensor, up: Tensor) -> ModuleType | None:
+    """The file whose geglu and geglu_backward serve these tensors; None is the definition."""
+    if serve.serves(gate, up):
+        from griffin.ops.triton import geglu as kernels
+
+        return kernels
+    return cpp if library.serves(gate, up) else None
 
 
 class _GeGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, kernels: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.kernels = kernels
         ctx.save_for_backward(gate, up)
-        return cpp.geglu(gate, up)
+        return kernels.geglu(gate, up)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return cpp.geglu_backward(dy, *ctx.saved_tensors)
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor]:
+        return None, *ctx.kernels.geglu_backward(dy, *ctx.saved_tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from griffin.ops.cpu import library
 from griffin.ops.cpu import pointwise as cpp
+from griffin.ops.triton import serve
+
+_TRITON_WIDTH = 8192  # the largest D whose row stays in the registers of one program
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,23 +53,37 @@ def _definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @torch.library.impl(_library, "rms_norm", "CPU")
-def _cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return cpp.rms_norm(x, weight, eps)[0] if library.serves(x) else _definition(x, weight, eps)
+@torch.library.impl(_library, "rms_norm", "CUDA")
+def _without_gradient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernels = _kernels(x)
+    return kernels.rms_norm(x, weight, eps)[0] if kernels is not None else _definition(x, weight, eps)
 
 
 @torch.library.impl(_library, "rms_norm", "AutogradCPU")
-def _autograd_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RMSNorm.apply(x, weight, eps) if library.serves(x) else _definition(x, weight, eps)  # type: ignore[no-untyped-call]
+@torch.library.impl(_library, "rms_norm", "AutogradCUDA")
+def _with_gradient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernels = _kernels(x)
+    return _RMSNorm.apply(kernels, x, weight, eps) if kernels is not None else _definition(x, weight, eps)  # type: ignore[no-untyped-call]
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The file whose rms_norm and rms_norm_backward serve this tensor; None is the definition."""
+    if serve.serves(x) and x.shape[-1] <= _TRITON_WIDTH:
+        from griffin.ops.triton import rms_norm as kernels
+
+        return kernels
+    return cpp if library.serves(x) else None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = cpp.rms_norm(x, weight, eps)
+    def forward(ctx: Any, kernels: ModuleType, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = kernels.rms_norm(x, weight, eps)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight, rstd)
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *cpp.rms_norm_backward(dy, *ctx.saved_tensors), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        return None, *ctx.kernels.rms_norm_backward(dy, *ctx.saved_tensors), None
