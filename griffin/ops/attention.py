@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from griffin.ops import flash
 from griffin.ops.cpu import attention as cpp
 from griffin.ops.cpu import library
+from griffin.ops.triton import serve
 
 # Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
 QUERY_CHUNK = 256
@@ -94,8 +95,14 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
             "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
         )
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if no_gradient and library.serves(queries, keys, values) and min(queries.numel(), keys.shape[1]) > 0:
-        return cpp.ring_attention(queries, keys, values, positions)
+    if no_gradient and min(queries.numel(), keys.shape[1]) > 0:
+        if library.serves(queries, keys, values):
+            return cpp.ring_attention(queries, keys, values, positions)
+        if serve.serves(queries, keys, values):
+            from griffin.ops.triton import ring_attention as kernel  # triton is absent on CPU machines
+
+            if K <= kernel.MAX_WIDTH:
+                return kernel.ring_attention(queries, keys, values, positions)
     return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
 
 
