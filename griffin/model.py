@@ -167,14 +167,14 @@ class LocalAttention(nn.Module):
         )
         q, k = rope(q, span.cos, span.sin), rope(k, span.cos, span.sin)
         if state is None:
-            out = local_attention(q, k, v, span.positions, self.window)
+            out = local_attention(q, k, v, span.positions, self.window, span.documents)
         elif x.shape[1] == 1 and not torch.is_grad_enabled():  # a gradient would need the slots as they are now
             state.update_(k, v, span.positions, span.lengths)
             out = ring_attention(q, state.keys, state.values, span.positions)
         else:
             earlier_keys, earlier_values = state.earlier(span.start, span.earlier)
             keys, values = torch.cat([earlier_keys, k], dim=1), torch.cat([earlier_values, v], dim=1)
-            out = local_attention(q, keys, values, span.positions, self.window)
+            out = local_attention(q, keys, values, span.positions, self.window, span.documents)
             state.update_(k, v, span.positions, span.lengths)
         return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
 

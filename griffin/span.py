@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from griffin.config import GriffinConfig
-from griffin.ops import next_positions_, rope_table
+from griffin.ops import flash, next_positions_, rope_table
 from griffin.state import State
 
 
@@ -25,6 +25,7 @@ class Span:
     sin: Tensor  # (B, T, rope_width / 2) fp32
     earlier: int  # tokens before the call that some query may see
     longest: int  # State.longest after the call
+    documents: flash.Sequences | None = None  # for local_attention on CUDA; None: it makes them
 
 
 def span_of(
@@ -49,6 +50,7 @@ def span_of(
         check_tokens(tokens if padding is None else tokens.masked_fill(padding, 0), config.vocab_size)
     start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
     longest = 0 if state is None else state.longest
+    packed = positions is not None  # documents may start inside rows
     if positions is None:
         positions = start[:, None] + torch.arange(T, device=tokens.device)
         longest += T
@@ -65,7 +67,12 @@ def span_of(
     if state is not None:
         earlier = state.longest if config.window is None else min(state.longest, config.window)
         state.reserve_(longest)
-    return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest)
+    documents = None
+    waits = packed and torch.compiler.is_compiling()  # to count documents, as a compiled graph cannot
+    if "attention" in config.block_types and T > 1 and flash.applies(tokens.device) and not waits:
+        at = positions if padding is None else positions.masked_fill(padding, 1)  # padding starts no document
+        documents = flash.sequences(at, earlier, inside=packed)
+    return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest, documents)
 
 
 def next_span_(config: GriffinConfig, state: State) -> Span:

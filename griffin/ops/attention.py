@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from griffin.ops import flash
 from griffin.ops.cpu import attention as cpp
 from griffin.ops.cpu import library
+from griffin.ops.triton import serve
 
 # Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
 QUERY_CHUNK = 256
 
 
-def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def local_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    window: int | None,
+    documents: flash.Sequences | None = None,
+) -> Tensor:
     """Compute softmax(q_t . k_j / sqrt(K)) v_j over the keys j that token t sees.
 
     Token t, at offset p_t in its document, sees the min(p_t, W) tokens before it and itself: W + 1 keys at most, the
@@ -26,8 +35,11 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
         keys: (B, S + T, G, K) in the same dtype, after RoPE; S earlier tokens of each row come first, in order of time.
             H is a multiple of G; query head h uses key head h // (H / G).
         values: as keys.
-        positions: (B, T) whole numbers, p_t >= 0. Where p_t > S + t the tokens not given count as absent.
+        positions: (B, T) whole numbers, p_t >= 0. Where p_t > S + t the tokens not given count as absent. On CUDA, p_t
+            must be p_{t-1} + 1, or 0 where a document starts.
         window: W, or None to see the whole document.
+        documents: the same as positions, for CUDA: `flash.sequences(positions, S)`, made once for many layers. None:
+            made here, which may wait for the device.
 
     Returns:
         (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
@@ -53,6 +65,9 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if no_gradient and library.serves(queries, keys, values):
         return cpp.local_attention(queries, keys, values, positions, window)
+    if flash.applies(queries.device):
+        cut = flash.unpacked(documents)
+        return torch.ops.griffin.local_attention_cuda(queries, keys, values, positions, window, *cut)  # type: ignore[no-any-return]
     return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
 
 
@@ -80,8 +95,14 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
             "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
         )
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if no_gradient and library.serves(queries, keys, values) and min(queries.numel(), keys.shape[1]) > 0:
-        return cpp.ring_attention(queries, keys, values, positions)
+    if no_gradient and min(queries.numel(), keys.shape[1]) > 0:
+        if library.serves(queries, keys, values):
+            return cpp.ring_attention(queries, keys, values, positions)
+        if serve.serves(queries, keys, values):
+            from griffin.ops.triton import ring_attention as kernel  # triton is absent on CPU machines
+
+            if K <= kernel.MAX_WIDTH:
+                return kernel.ring_attention(queries, keys, values, positions)
     return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
 
 
@@ -125,6 +146,20 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
         mask = (index <= query_index) & (index >= query_index - seen[:, start:stop, None])
         outputs.append(_attend(q[:, start:stop], k[:, left:right], v[:, left:right], mask))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+# For CUDA. An op of its own, so that TorchDynamo need not trace the question whether there is flash attention.
+_library.define(
+    "local_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor positions, int? window, "
+    "Tensor? first_query, Tensor? first_key, SymInt longest_queries, SymInt longest_keys) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "local_attention_cuda", "CompositeImplicitAutograd")
+def _local_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None, *cut: Any) -> Tensor:
+    if not flash.serves(q, k, v):
+        return _local_attention(q, k, v, positions, window)
+    return torch.ops.griffin.flash_attention(q, k, v, positions, window, *cut)[0]  # type: ignore[no-any-return]
 
 
 @torch.library.impl(_library, "local_attention", "CPU")
