@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,16 @@ _serving_cpu = False  # inside `serving_cpu`
 
 def status() -> tuple[bool, str]:
     """Whether the kernels serve CUDA tensors here, and why (not)."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return False, "triton is not installed; pip install triton (PyTorch for CUDA brings it)"
     if not torch.cuda.is_available():
         return False, "there is no CUDA device here"
     return True, "Triton, compiled on first use"
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def serves(*tensors: Tensor | None) -> bool:
