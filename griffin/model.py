@@ -27,6 +27,7 @@ from griffin.ops import (
     linear,
     local_attention,
     output_linear,
+    recurrent_step_,
     rg_lru,
     ring_attention,
     rms_norm,
@@ -34,6 +35,7 @@ from griffin.ops import (
     soft_cap,
 )
 from griffin.ops.rg_lru import C
+from griffin.ops.triton import serve
 from griffin.recompute import Recompute, kept
 from griffin.span import Span, advance_, span_of
 from griffin.state import AttentionState, RecurrentState, State
@@ -136,6 +138,10 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
         y = self.linear_y(x)  # (B, T, R)
         inputs = self.linear_x(x)  # (B, T, R)
+        decodes = x.shape[1] == 1 and span.lengths is None and not torch.is_grad_enabled()
+        if state is not None and decodes and serve.serves(inputs, state.conv):
+            out = self._one_token(inputs[:, 0], y[:, 0], state, span.reset[:, 0])
+            return self.linear_out(out[:, None])  # type: ignore[no-any-return]
         conv, h0 = (None, None) if state is None else (state.conv, state.h)
         if conv is not None and torch.is_grad_enabled():
             conv = conv.clone()  # kept for the backward pass, while update_ below writes the original
@@ -146,6 +152,16 @@ class RecurrentBlock(nn.Module):
                 last_conv = _last_inputs(inputs, state.conv, span)
             state.update_(last_h, last_conv)
         return self.linear_out(geglu(y, h))  # type: ignore[no-any-return]
+
+    def _one_token(self, inputs: Tensor, y: Tensor, state: RecurrentState, reset: Tensor) -> Tensor:
+        """What lies between the linears, in one kernel that writes the state in place: a GPU's decode step."""
+        conv, gates = self.conv_1d, self.rg_lru
+        return recurrent_step_(
+            *(inputs, y, conv.weight[:, 0], conv.bias),
+            *(gates.input_gate_weight, gates.input_gate_bias, gates.recurrent_gate_weight, gates.recurrent_gate_bias),
+            *(gates.recurrent_param, state.conv, state.h, reset),
+            unscaled_first_token=gates.unscaled_first_token,
+        )
 
 
 class LocalAttention(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from griffin.config_json import QUANTIZATION as KEY
 from griffin.errors import GriffinError
 from griffin.model import Embedding, Griffin, Linear
-from griffin.ops import cast, dequantize, quantize_int4, quantize_int8, quantized_embed, quantized_linear
+from griffin.ops import dequantize, quantize_int4, quantize_int8, quantized_embed, quantized_linear
 from griffin.ops.quantized import GROUPS, padded_width
 
 FORMATS = ("int8", "int4")
@@ -102,8 +102,8 @@ class _Quantized(nn.Module):
     def _rows(self, q: Tensor, scale: Tensor) -> Tensor:
         return dequantize(q, scale, self.in_width, self.form.group)
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return quantized_linear(x, self.weight_q, self.weight_scale, bias, self.form.group)
+    def _product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return quantized_linear(x, self.weight_q, self.weight_scale, bias, self.form.group, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the model, but keep the scales' dtype: it belongs to the format, not to the activations."""
@@ -127,7 +127,7 @@ class QuantizedLinear(_Quantized):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, self.bias)
+        return self._product(x, self.bias, x.dtype)
 
 
 class QuantizedEmbedding(_Quantized):
@@ -140,7 +140,7 @@ class QuantizedEmbedding(_Quantized):
         return quantized_embed(tokens, self.weight_q, self.weight_scale, self.in_width, self.form.group, dtype, scale)
 
     def output(self, hidden: Tensor) -> Tensor:
-        return self._product(cast(hidden, torch.promote_types(hidden.dtype, torch.float32)), None)
+        return self._product(hidden, None, torch.promote_types(hidden.dtype, torch.float32))
 
 
 def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None) -> Griffin:

@@ -10,6 +10,7 @@ from griffin.ops.gated import geglu
 from griffin.ops.linear import block_diagonal_linear, linear, output_linear
 from griffin.ops.norm import rms_norm
 from griffin.ops.quantized import dequantize, quantize_int4, quantize_int8, quantized_linear
+from griffin.ops.recurrent_step import recurrent_step_
 from griffin.ops.residual import add, assign_, cast, soft_cap
 from griffin.ops.rg_lru import rg_lru
 from griffin.ops.rope import next_positions_, rope, rope_table
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_int8",
     "quantized_embed",
     "quantized_linear",
+    "recurrent_step_",
     "rg_lru",
     "ring_attention",
     "ring_write_",

@@ -16,9 +16,12 @@ from torch.nn import functional as F
 
 from griffin.ops.cpu import library, linears
 from griffin.ops.linear import by_panels
+from griffin.ops.residual import cast
+from griffin.ops.triton import serve
 
 GROUPS = (32, 64, 128)
 BLOCK = 64
+MOST_ROWS_ON_GPU = 64  # of x up to which W is read as it is stored; beyond, a matrix product does more per byte
 # An int4 scale is the best of these, in squared error, times the group's largest value over -8: clipping that one a
 # little leaves finer steps for all the others.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -80,8 +83,15 @@ def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None, out: 
     return wide.contiguous() if out is None else out.copy_(wide)
 
 
-def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, group: int | None) -> Tensor:
-    """Compute x W^T + b with W in 8 or 4 bits; sums in fp32, rounded once to x.dtype.
+def quantized_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group: int | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute x W^T + b with W in 8 or 4 bits; sums in fp32, rounded once to the result's dtype.
 
     On a CPU up to 16 rows of x meet W as it is stored: x is rounded to 16-bit whole numbers, a scale for each 128
     inputs (int8) or group (int4), so that its error is 2^-16 of the largest of them. More rows meet int8 W as it is
@@ -89,14 +99,18 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, g
     2^-16 of the row's largest. In all other cases W is widened to fp32 a panel at a time, and x is not rounded. So a
     prompt read whole and in short pieces gives results that differ by that much, about 3e-5 of them.
 
+    On a GPU up to 64 rows meet W as it is stored, and nothing is rounded but sums. For more W is widened to x.dtype (to
+    `dtype`, if given) whole: in bf16, each weight is rounded.
+
     Args:
         x: (..., K) any floating dtype.
         q, scale: from quantize_int8 (group None) or quantize_int4.
         bias: (O,) or None.
         group: inputs to a scale; None for int8.
+        dtype: of the result, no narrower than x's; None means x's.
 
     Returns:
-        (..., O) in x.dtype. There is no gradient.
+        (..., O) in dtype. There is no gradient.
 
     Raises:
         ValueError: a gradient is wanted for x, or the shapes do not fit.
@@ -107,10 +121,20 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, g
         raise ValueError(f"x has {K} inputs, but the weight is {tuple(q.shape)} {q.dtype} with group={group}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("a quantised model cannot be trained; load it without quantize")
-    rows = x.reshape(-1, K)
+    shape, rows, dtype = x.shape[:-1], x.reshape(-1, K), dtype or x.dtype
+    if 0 < rows.shape[0] <= MOST_ROWS_ON_GPU and serve.serves(rows, bias):
+        from griffin.ops.triton import linears as gpu  # triton is absent on most machines
+
+        if group is None:
+            y = gpu.linear_int8(rows, q, scale, bias, dtype)
+        else:
+            y = gpu.linear_int4(rows, q, scale, bias, group, dtype)
+        return y.view(*shape, O)
+    if x.dtype != dtype:
+        x = rows = cast(rows, dtype)
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-        y = F.linear(rows, dequantize(q, scale, K, group).to(dtype), None if bias is None else bias.to(dtype))
+        wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        y = F.linear(rows, dequantize(q, scale, K, group).to(wide), None if bias is None else bias.to(wide))
     elif 0 < rows.shape[0] <= linears.MOST_ROWS and library.serves_each(x, bias):
         if group is None:
             y = linears.linear_int8(rows, q, scale, bias)
@@ -124,7 +148,7 @@ def quantized_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, g
             dequantize(q[panel], scale[panel], K, group, out)
 
         y = by_panels(rows, O, widen, bias)
-    return y.view(*x.shape[:-1], O)
+    return y.view(*shape, O)
 
 
 def padded_width(in_width: int, group: int) -> int:
