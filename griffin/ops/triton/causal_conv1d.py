@@ -4,9 +4,6 @@ A program takes one row of the batch, a tile of time and a block of channels. It
 tap, shifted: all but the first time they come from the cache.
 """
 
-# In a kernel only the constants are annotated.
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

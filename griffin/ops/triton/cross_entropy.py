@@ -1,8 +1,5 @@
 """nats = logsumexp(c) - c[target] of each row, c = cap tanh(logits / cap), and its slopes; used by griffin/loss.py."""
 
-# In a kernel only the constants are annotated.
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

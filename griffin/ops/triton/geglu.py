@@ -1,8 +1,5 @@
 """y = gelu_tanh(gate) up, element by element; contract in griffin/ops/gated.py."""
 
-# In a kernel only the constants are annotated.
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

@@ -10,8 +10,6 @@ One program makes BN outputs of all rows and reads all of K. How many outputs th
 programs (which would fill a GPU better where O is small), are choices of speed alone.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

@@ -5,8 +5,6 @@ of the block computes that again from the convolution's state, which none of the
 moves it on when all are done. h is read and written by the one program that makes its channel.
 """
 
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

@@ -10,9 +10,6 @@ How slots are split depends on S alone: a row's result does not depend on the ro
 Slots that a query does not see are not read.
 """
 
-# Of a kernel's arguments, only constants have a type.
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

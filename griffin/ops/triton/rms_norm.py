@@ -3,9 +3,6 @@
 A row is one block of a program, so D is at most what the op's file allows.
 """
 
-# In a kernel only the constants are annotated.
-# mypy: disallow-incomplete-defs=False
-
 from __future__ import annotations
 
 import torch

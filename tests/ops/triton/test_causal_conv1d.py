@@ -8,11 +8,9 @@ from torch import Tensor
 
 from griffin.ops import causal_conv1d
 from griffin.ops.cpu.library import empty_like
-from tests.ops.triton.running import DEVICE, INTERPRETER_WARNING, TOLERANCE, assert_near, launches, results, strided
+from tests.ops.triton.running import DEVICE, TOLERANCE, assert_near, launches, results, strided
 
 pytest.importorskip("triton", reason="the kernels' language is not installed")
-pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING)
-
 BOTH = ["_conv_forward", "_conv_backward"]
 # B, T, R, taps, whether a state is given, where documents start (None: no mask)
 CASES = [

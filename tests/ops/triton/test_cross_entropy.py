@@ -8,12 +8,11 @@ from torch import Tensor
 
 from griffin import loss
 from griffin.loss import cross_entropy
-from tests.ops.triton.running import DEVICE, INTERPRETER_WARNING, TOLERANCE, assert_near, launches, strided
+from tests.ops.triton.running import DEVICE, TOLERANCE, assert_near, launches, strided
 
 triton = pytest.importorskip("triton", reason="the kernels' language is not installed")
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("griffin.ops.triton.cross_entropy")
-pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING)
 
 
 def inputs(n: int, V: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:

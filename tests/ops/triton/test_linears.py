@@ -17,12 +17,8 @@ from tests.ops.triton.compiled import launched
 pytest.importorskip("triton", reason="the kernels are Triton's")
 
 from griffin.ops.triton import linears
-from tests.ops.triton.bfloat16 import bfloat16_by_value
 
-bfloat16_by_value()
 # Triton's interpreter takes arrays of one for numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
 MakeModel = Callable[..., Griffin]
 GROUPS = [None, 32, 64, 128]
 # (rows, K, O): every count of rows with some odd K and O.
@@ -150,18 +146,18 @@ def test_a_model_decodes_as_by_plain_operations(
     served: list[str], monkeypatch: pytest.MonkeyPatch, make_model: MakeModel, form: Quantization, dtype: torch.dtype
 ) -> None:
     model = quantize(make_model(dtype=dtype), form)
-    ids = torch.randint(0, model.config.vocab_size, (2, 4))
+    ids = torch.randint(0, model.config.vocab_size, (2, 2))
     monkeypatch.setattr(linears, "_outputs", lambda O: 512)  # the interpreter's time is that of programs, not of tiles
 
     def decode() -> Tensor:
         state = model.new_state(2)
-        return torch.cat([model.logits(model(ids[:, t : t + 1], state)) for t in range(4)], dim=1)
+        return torch.cat([model.logits(model(ids[:, t : t + 1], state)) for t in range(2)], dim=1)
 
     found = decode()
-    assert len(served) == 4 * 20  # 2 recurrent layers of 3 + 3 linears, 1 of attention with 4 + 3, and the logits
+    assert len(served) == 2 * 20  # 2 recurrent layers of 3 + 3 linears, 1 of attention with 4 + 3, and the logits
     monkeypatch.setattr(serve, "_serving_cpu", False)
     expected = decode()
-    assert len(served) == 4 * 20
+    assert len(served) == 2 * 20
     assert found.dtype == expected.dtype == torch.float32
     assert (found - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.1) * expected.std()
 

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from griffin.ops import geglu, rms_norm
 from tests.ops.triton.compiled import launched
-from tests.ops.triton.running import DEVICE, INTERPRETER_WARNING, TOLERANCE, assert_near, launches, results, strided
+from tests.ops.triton.running import DEVICE, TOLERANCE, assert_near, launches, results, strided
 
 pytest.importorskip("triton", reason="the kernels' language is not installed")
-pytestmark = pytest.mark.filterwarnings(INTERPRETER_WARNING)
-
 DTYPES = [torch.float32, torch.bfloat16]
 GEGLU, NORM = ["_geglu_forward", "_geglu_backward"], ["_norm_forward", "_norm_backward"]
 

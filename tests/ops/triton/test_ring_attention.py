@@ -19,8 +19,6 @@ from griffin.ops.triton import ring_attention as kernel
 from tests.ops.triton.compiled import launched
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # Triton's
-
 # Of the largest value. bf16 rounds weights and the result by up to 2^-9 each.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
