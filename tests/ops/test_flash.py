@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin import Griffin
 from griffin.ops import flash, local_attention
 from griffin.ops.cpu import library
 from griffin.ops.flash import Sequences, sequences
+from griffin.recompute import Recompute
 from tests.ops import reference
+
+KERNELS = (flash._forward, flash._backward)  # not the stand-in
 
 
 def scores(
@@ -236,9 +241,9 @@ class Counted:
 
 
 @pytest.mark.usefixtures("_for_cpu")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])  # cheap keeps the results of attention
 def test_a_model_cuts_once_for_all_its_layers(
-    make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch, recompute: bool
+    make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch, recompute: Recompute
 ) -> None:
     model, plain = make_model(), make_model()
     model.recompute = recompute
@@ -251,7 +256,7 @@ def test_a_model_cuts_once_for_all_its_layers(
     assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     grads = [torch.autograd.grad(out.square().sum(), m.embedding)[0] for m, out in ((model, found), (plain, wanted))]
     assert_close(*grads, rtol=1e-3, atol=1e-3)
-    assert (called.calls, cuts.calls) == (layers * (2 if recompute else 1), 1)
+    assert (called.calls, cuts.calls) == (layers * (2 if recompute == "all" else 1), 1)
 
 
 def _by_definition(model: Griffin, ids: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -261,8 +266,10 @@ def _by_definition(model: Griffin, ids: Tensor, positions: Tensor | None = None)
 
 
 @pytest.mark.usefixtures("_for_cpu")
-def test_chunks_of_a_prompt_and_padding(make_model: Callable[..., Griffin]) -> None:
+def test_chunks_of_a_prompt_and_padding(make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go on from a state, further than the window, with different numbers of tokens that count."""
+    cuts = Counted(sequences)
+    monkeypatch.setattr(flash, "sequences", cuts)
     model, ids = make_model(window=16), torch.randint(0, 259, (2, 60))
     wanted = _by_definition(model, ids)
     state = model.new_state(2)
@@ -273,6 +280,7 @@ def test_chunks_of_a_prompt_and_padding(make_model: Callable[..., Griffin]) -> N
         third = model(torch.stack([ids[0, 50:51], ids[1, 31:32]]), state)
     assert_close(torch.cat([first[0], second[0], third[0]]), wanted[0, :51], rtol=1e-4, atol=1e-4)
     assert_close(torch.cat([first[1, :11], second[1, :20], third[1]]), wanted[1, :32], rtol=1e-4, atol=1e-4)
+    assert cuts.calls == 2  # one token takes ring_attention
     assert torch.isfinite(first).all()
     assert torch.isfinite(second).all()
 
@@ -308,6 +316,39 @@ def test_pytorch_still_has_these_ops() -> None:
     assert others[:14] == [*gradients, *flash.ARGUMENTS[3:9], "rng_state", "unused"]
     assert {"window_size_left", "window_size_right"} < {a.name for a in flash_forward.arguments if a.kwarg_only}
     assert {"window_size_left", "window_size_right"} < {a.name for a in flash_backward.arguments if a.kwarg_only}
+
+
+class Calls(TorchDispatchMode):
+    """Keeps what operations were called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made[func.__name__] = (*args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [7, None])
+def test_pytorch_takes_the_call(window: int | None) -> None:
+    """On tensors without values: the arguments, and the shapes and dtypes that the op promises to torch.compile."""
+    q, k, v = (t.detach().to("meta", torch.bfloat16).flatten(0, 1) for t in inputs(2, 9, 3))
+    cut = sequences(torch.zeros(2, 9, device="meta"), 3, inside=False)
+    with Calls() as calls:
+        out, log_sums = KERNELS[0](q, k, v, cut, window)
+        grads = KERNELS[1](out, q, k, v, out, log_sums, cut, window)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (log_sums.shape, log_sums.dtype) == ((4, 18), torch.float32)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    *given, named = calls.made["_flash_attention_forward.default"]
+    bounds = [cut.queries, cut.keys, 9, 12]
+    assert all(a is b or a == b for a, b in zip(given, [q, k, v, *bounds, 0.0, True, False], strict=True))
+    assert named == {"window_size_left": window or -1, "window_size_right": 0}
+    *given, named = calls.made["_flash_attention_backward.default"]
+    wanted = [out, q, k, v, out, log_sums, *bounds, 0.0, True]
+    assert all(a is b or a == b for a, b in zip(given[:-2], wanted, strict=True))
+    assert named == {"window_size_left": window or -1, "window_size_right": 0}
 
 
 @pytest.mark.gpu
