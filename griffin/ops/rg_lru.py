@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from griffin.ops.cpu import library
 from griffin.ops.cpu import recurrence as cpp
 from griffin.ops.scan import CHUNK, initial_state, reverse_scan, scan
+from griffin.ops.triton import serve
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
 
@@ -88,6 +89,10 @@ def _rg_lru(
     unscaled_first_token: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
+    if serve.serves(x, input_gate, recurrent_gate, recurrent_param, h0):
+        from griffin.ops.triton import rg_lru as kernels  # most machines have no triton
+
+        return kernels.forward(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
     if library.serves(x, input_gate, recurrent_gate):
         return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
     b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
@@ -124,11 +129,13 @@ def _rg_lru_backward(
     (none of the second term where m is 1 by rule);  d(recurrent_gate) = -8 softplus(p) r (1 - r) dlog_a;
     dp = -8 sigmoid(p) sum(r dlog_a);  dh0 = a_1 g_1.
     """
+    inputs = (dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states)
+    if serve.serves(*inputs):
+        from griffin.ops.triton import rg_lru as kernels
+
+        return kernels.backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
     if library.serves(x, dy):
-        return cpp.rg_lru_backward(
-            *(dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset),
-            *(max_sqrt_gradient, unscaled_first_token),
-        )
+        return cpp.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)

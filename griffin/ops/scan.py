@@ -7,6 +7,7 @@ from torch import Tensor
 
 from griffin.ops.cpu import library
 from griffin.ops.cpu import recurrence as cpp
+from griffin.ops.triton import serve
 
 # Time is cut in chunks of this many tokens wherever something is kept or computed per chunk.
 CHUNK = 64
@@ -56,6 +57,10 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("griffin::linear_scan", mutates_args=())
 def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    if serve.serves(x, a, h0):
+        from griffin.ops.triton import linear_scan as kernels  # most machines have no triton
+
+        return kernels.forward(x, a, h0)
     if library.serves(x, a):
         return cpp.linear_scan(x, a, h0)
     h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
@@ -71,6 +76,10 @@ def _(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 def _linear_scan_backward(
     dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if serve.serves(dy, dh_last, x, a, h0):
+        from griffin.ops.triton import linear_scan as kernels
+
+        return kernels.backward(dy, dh_last, x, a, h0)
     if library.serves(x, a, dy):
         return cpp.linear_scan_backward(dy, dh_last, x, a, h0)
     a_, x_ = a.to(h0.dtype), x.to(h0.dtype)
@@ -82,7 +91,7 @@ def _linear_scan_backward(
 
 @_linear_scan_backward.register_fake
 def _(dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(h0)
+    return x.new_empty(x.shape), a.new_empty(a.shape), h0.new_empty(h0.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
