@@ -6,8 +6,6 @@ Where rows and channels alone do not fill the GPU, time is split: a first kernel
 any state, and each program of the second goes through what lies before its own span.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch

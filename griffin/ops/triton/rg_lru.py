@@ -7,8 +7,6 @@ The gates, the recurrence and the cast to x.dtype are one pass over memory, and 
 states of each chunk of time once more, from the one kept before it. Time is split as in linear_scan.py.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 import torch

@@ -7,8 +7,6 @@ CHUNK tokens, the state between them in registers. Rows beyond the last token mu
 passes them unchanged.
 """
 
-# mypy: allow-incomplete-defs
-
 from __future__ import annotations
 
 from typing import Any

@@ -16,16 +16,15 @@ pytest.importorskip("triton", reason="the kernels are in Triton's language: pip 
 from griffin.ops import linear_scan
 from griffin.ops.triton import linear_scan as kernels
 from griffin.ops.triton import tiles
-from tests.ops.triton.scans import QUIET, TOLERANCE, assert_near, launches, with_gradients
+from tests.ops.triton.running import TOLERANCE, assert_near, launches, results
 
-pytestmark = QUIET
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every test here must have launched a kernel."""
-    with launches(monkeypatch) as names:
+    with launches() as names:
         yield names
     assert names
 
@@ -38,11 +37,11 @@ def inputs_in(dtype: torch.dtype, B: int, T: int, R: int) -> list[Tensor]:
 
 
 def ours(op: object, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return with_gradients(op, inputs, [dtype, dtype, FP32])
+    return results(op, [t.to(d) for t, d in zip(inputs, [dtype, dtype, FP32], strict=True)])
 
 
 def theirs(inputs: list[Tensor]) -> list[Tensor]:
-    return with_gradients(linear_scan, inputs, [torch.float64] * 3)
+    return results(linear_scan, [t.double() for t in inputs])
 
 
 @pytest.mark.parametrize(

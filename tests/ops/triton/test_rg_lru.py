@@ -17,16 +17,15 @@ from griffin.ops import rg_lru
 from griffin.ops.triton import rg_lru as kernels
 from griffin.ops.triton import tiles
 from tests.ops.test_recurrence import lru_inputs, resets
-from tests.ops.triton.scans import QUIET, TOLERANCE, assert_near, launches, with_gradients
+from tests.ops.triton.running import TOLERANCE, assert_near, launches, results
 
-pytestmark = QUIET
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Every test here must have launched a kernel."""
-    with launches(monkeypatch) as names:
+    with launches() as names:
         yield names
     assert names
 
@@ -38,11 +37,13 @@ def inputs_in(dtype: torch.dtype, B: int, T: int, R: int) -> list[Tensor]:
 
 
 def ours(op: object, inputs: list[Tensor], dtype: torch.dtype, *rest: object) -> list[Tensor]:
-    return with_gradients(op, inputs, [dtype] * 3 + [FP32] * 2, *rest)
+    return results(
+        lambda *leaves: op(*leaves, *rest), [t.to(d) for t, d in zip(inputs, [dtype] * 3 + [FP32] * 2, strict=True)]
+    )
 
 
 def theirs(op: object, inputs: list[Tensor], *rest: object) -> list[Tensor]:
-    return with_gradients(op, inputs, [torch.float64] * 5, *rest)
+    return results(lambda *leaves: op(*leaves, *rest), [t.double() for t in inputs])
 
 
 @pytest.mark.parametrize(
