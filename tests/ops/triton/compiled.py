@@ -27,9 +27,8 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {
-        key: int(re.search(rf"{name}:(\d+)", text)[1]) for key, name in (("registers", "REG"), ("spilled", "LOCAL"))
-    }
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}  # spills are on the stack
 
 
 def compile_only() -> list[dict[str, Any]]:

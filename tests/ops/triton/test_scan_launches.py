@@ -1,12 +1,26 @@
-"""The recurrences' kernels compiled for an H100: nothing spilled, and room for more than one program at a time."""
+"""What the interpreter cannot show: that the combinations are associative, and what a compiler makes of the kernels."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 
 pytest.importorskip("triton", reason="the kernels are in Triton's language: pip install triton")
 
+from griffin.ops.triton import tiles
 from tests.ops.triton.compiled import launched
+
+
+@pytest.mark.parametrize(("combine", "width"), [("after", 2), ("after_and_before", 4), ("after_its_decay", 3)])
+def test_any_order_of_combining_gives_the_same(combine: str, width: int) -> None:
+    """The interpreter combines row after row; a GPU combines in a tree."""
+    function = getattr(tiles, combine).fn
+    draw = random.Random(0)
+    for _ in range(10):
+        x, y, z = ([draw.random() for _ in range(width)] for _ in range(3))
+        left = function(*function(*x, *y), *z)
+        assert left == pytest.approx(function(*x, *function(*y, *z)), rel=1e-12)
 
 
 @pytest.mark.slow  # half a minute of compiling

@@ -1,0 +1,34 @@
+"""The benchmark of a GPU runs to its end: a rented machine is no place to find out that it does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_sizes() -> None:
+    """Every part of it, on the CPU; its check of every op against fp64 must hold there too."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--small", "--device", "cpu", "--no-save"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for part in ("check", "kernels", "decode", "peers", "train"):
+        assert f"## {part}: cpu" in done.stdout
+    assert "WRONG" not in done.stdout
+    assert "is left out: " not in done.stdout, done.stdout  # a task that raised
+    assert "out of memory" not in done.stdout
+
+
+def test_committed_results_say_how_they_were_made() -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        content = json.loads(path.read_text())
+        assert content["command"].startswith("python -m benchmarks."), path
+        assert {"torch", "cpu", "device"} <= content["machine"].keys(), path
