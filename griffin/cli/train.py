@@ -56,6 +56,8 @@ def train(
         griffin train books/ --run runs/books --set steps=5000 --set model.width=384
 
         griffin train recipes/shakespeare.py --run runs/shakespeare --resume
+
+        griffin train books/ --set device=cuda --set dtype=bf16 --set compile=true --set recompute=cheap
     """
     console = Console(highlight=False)
     run = run or Path("runs") / what.name.split(".")[0]
