@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import peers, timing
 from griffin import Griffin
 from griffin.loss import cross_entropy
-from griffin.train.memory import keep_freed_memory, return_freed_memory
+from griffin.memory import keep_freed_memory, return_freed_memory
 
 OURS, RECOMPUTE = "griffin fp32", "griffin fp32, recompute"
 LONG = 4096  # tokens of a row: T x T scores and weights of transformers' four layers take 13 GB at twice as many

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from griffin.errors import GriffinError
+from griffin.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from griffin.model import Griffin
@@ -91,7 +92,10 @@ def open_model(name: str, device: str, dtype: Dtype | None) -> tuple[Griffin, To
         place = find_device(device)
         tokenizer = checkpoint.load_tokenizer(name)
         kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype.value)
-        return checkpoint.load(name, device=place, dtype=kind, progress=waiting.progress), tokenizer
+        model = checkpoint.load(name, device=place, dtype=kind, progress=waiting.progress)
+        if model.device.type == "cpu":
+            keep_freed_memory()  # after loading, whose buffers are not needed again
+        return model, tokenizer
     finally:
         waiting.stop()
 

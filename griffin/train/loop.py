@@ -17,12 +17,12 @@ from griffin.data.packing import count_rows, pack
 from griffin.data.prepare import Data, prepare
 from griffin.errors import GriffinError
 from griffin.files import whole_file
+from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, reporting
 from griffin.train.flops import flops_per_token, peak_flops
-from griffin.train.memory import keep_freed_memory, return_freed_memory
 from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
 from griffin.train.snapshot import Progress, latest, load_snapshot, remove_leftovers, save_snapshot

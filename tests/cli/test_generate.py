@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import griffin
+from griffin.cli import options
 from griffin.cli.main import run
 
 OPTIONS = ["--max-tokens", "12", "--seed", "3", "--device", "cpu"]
@@ -56,6 +57,14 @@ def test_chat_uses_the_template(chat_folder: Path, capsys: pytest.CaptureFixture
     assert run(["generate", str(chat_folder), "Hi", *OPTIONS, "--json", "--chat"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["prompt_tokens"] == len(tokenizer.encode_chat([{"role": "user", "content": "Hi"}]))
+
+
+def test_freed_memory_is_kept(plain_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the pages of every chunk's activations are cleared anew."""
+    kept: list[bool] = []
+    monkeypatch.setattr(options, "keep_freed_memory", lambda: kept.append(True))
+    assert run(["generate", str(plain_folder), "once", "--max-tokens", "1", "--device", "cpu"]) == 0
+    assert kept == [True]
 
 
 def test_options_out_of_range_are_named(plain_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

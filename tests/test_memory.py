@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from griffin.train.memory import keep_freed_memory, return_freed_memory
+from griffin.memory import keep_freed_memory, return_freed_memory
 
 # A process of its own: what malloc does is set for good. The first block freed makes glibc keep those of its size.
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from griffin.train.memory import return_freed_memory
+from griffin.memory import return_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -28,7 +28,7 @@ print((full - resident()) / (20 * 2**23))
 
 FAULTS = """
 import resource, sys, torch
-from griffin.train.memory import keep_freed_memory
+from griffin.memory import keep_freed_memory
 
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit("mallopt cannot be set here")
