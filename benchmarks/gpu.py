@@ -7,6 +7,7 @@
 check    every kernel, forward and gradients, against the definition in fp64; wrong ones end the command with status 1
 kernels  kernels over the copy bandwidth measured between them, at B=8, T=2048, R=2560 in bf16; fla and accelerated-scan
          on the same recurrence where they are installed
+prefill  the time to the first token, RecurrentGemma 2B's exact shape, prompts of 128 to 32k tokens and 16 together
 decode   RecurrentGemma 2B's exact shape with random weights: bf16, int8, int4; contexts; batches, beside a Transformer
 peers    transformers' RecurrentGemma, where installed: reading 2048 tokens, decoding, a training step
 train    400M and 1.3B, Griffin and the Transformer, 32k tokens a step: time, MFU, memory
@@ -24,12 +25,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_check, gpu_decode, gpu_kernels, gpu_peers, gpu_train, timing
+from benchmarks import gpu_check, gpu_decode, gpu_kernels, gpu_peers, gpu_prefill, gpu_train, timing
 from griffin.ops.triton import serve
 
 PARTS = {
     "check": gpu_check.measure,
     "kernels": gpu_kernels.measure,
+    "prefill": gpu_prefill.measure,
     "decode": gpu_decode.measure,
     "peers": gpu_peers.measure,
     "train": gpu_train.measure,

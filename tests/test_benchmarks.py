@@ -21,7 +21,7 @@ def test_the_gpu_benchmark_runs_at_toy_sizes() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for part in ("check", "kernels", "decode", "peers", "train"):
+    for part in ("check", "kernels", "prefill", "decode", "peers", "train"):
         assert f"## {part}: cpu" in done.stdout
     assert "WRONG" not in done.stdout
     assert "is left out: " not in done.stdout, done.stdout  # a task that raised
