@@ -3,6 +3,7 @@
     python -m benchmarks.cpu                            # one and two threads; half an hour on two cores
     python -m benchmarks.cpu --threads 2 --only decode
     python -m benchmarks.cpu --lengths 512 2048 --rounds 3
+    python -m benchmarks.cpu --only decode --gemma-cpp DRIVER    # Google's C++ engine too: benchmarks/gemma_cpp
 
 Random weights: width 768 = lru_width, 12 layers R R A, 6 heads, MLP 2304, vocabulary 32,000, window 1024. Limits, of
 the same run: bytes a second of a streaming read (256 MB), and fp32 operations a second of PyTorch's matrix products at
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32_768], help="of prefill")
     parser.add_argument("--steps", type=int, default=20, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gemma-cpp", type=Path, help="the driver that benchmarks/gemma_cpp builds: decode beside it")
     args = parser.parse_args()
     ours, others = make_models()
     keep_freed_memory()  # as the commands do; all models gain
@@ -77,7 +80,9 @@ def main() -> None:
             result: dict[str, Any] = {"limits": limits()}
             text = [f"### {threads} thread{'s' if threads > 1 else ''}", _say(result["limits"])]
             if args.only != "prefill":
-                result["decode"] = cpu_decode.batches(ours, others, read_memory(), args.steps, args.rounds)
+                result["decode"] = cpu_decode.batches(
+                    ours, others, read_memory(), args.steps, args.rounds, args.gemma_cpp
+                )
                 result["contexts"] = cpu_decode.contexts(ours, args.steps, args.rounds)
                 text.append(cpu_decode.table(result["decode"], result["contexts"]))
             if args.only != "decode":

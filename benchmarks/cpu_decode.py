@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,9 +59,17 @@ def weight_bytes(model: Griffin) -> int:
 
 
 def batches(
-    models: dict[str, Griffin], others: dict[str, Any], read: Callable[[], int], steps: int, rounds: int
+    models: dict[str, Griffin],
+    others: dict[str, Any],
+    read: Callable[[], int],
+    steps: int,
+    rounds: int,
+    gemma_cpp: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Tokens a second with 1 and 8 rows; `read` streams memory once and says how many bytes: it takes its turn too."""
+    """Tokens a second with 1 and 8 rows; `read` streams memory once and says how many bytes: it takes its turn too.
+
+    `gemma_cpp` is the program that benchmarks/gemma_cpp builds, or None to leave that engine out.
+    """
     found = []
     for rows in (1, 8):
         tasks: dict[str, Callable[[int], object]] = {name: our_decoder(model, rows) for name, model in models.items()}
@@ -67,7 +77,11 @@ def batches(
         for name, peer in others.items():
             tasks[name] = peers.google_decoder(peer, rows) if name == peers.GOOGLE else peers.hf_decoder(peer, rows)
         tasks["read"] = lambda count: [read() for _ in range(count)]
-        speeds = _speeds(tasks, rows, steps, rounds)
+        with ExitStack() as children:
+            if gemma_cpp is not None:
+                for name, form in peers.GEMMA_CPP.items():
+                    tasks[name] = children.enter_context(peers.gemma_cpp_decoder(gemma_cpp, rows, form))
+            speeds = _speeds(tasks, rows, steps, rounds, rest_s=0.0 if gemma_cpp is None else 0.1)
         bytes_per_s = speeds.pop("read") / rows * read()
         for name, speed in speeds.items():
             model = models.get(name)
@@ -100,8 +114,11 @@ def contexts(models: dict[str, Griffin], steps: int, rounds: int) -> list[dict[s
     return found
 
 
-def _speeds(tasks: Mapping[str, Callable[[int], object]], rows: int, steps: int, rounds: int) -> dict[str, float]:
-    seconds = timing.interleaved({name: lambda run=run: run(steps) for name, run in tasks.items()}, rounds=rounds)
+def _speeds(
+    tasks: Mapping[str, Callable[[int], object]], rows: int, steps: int, rounds: int, rest_s: float = 0.0
+) -> dict[str, float]:
+    turns = {name: lambda run=run: run(steps) for name, run in tasks.items()}
+    seconds = timing.interleaved(turns, rounds=rounds, rest_s=rest_s)
     return {name: rows * steps / timing.median(values) for name, values in seconds.items()}
 
 

@@ -5,8 +5,12 @@ A peer that is not installed is left out and named.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +42,7 @@ THEIRS, GEMMA, GOOGLE = (
     "transformers Gemma (a Transformer) fp32",
     "Google torch fp32",
 )
+GEMMA_CPP = {"gemma.cpp bf16": "bf16", "gemma.cpp 8 bits (SFP)": "sfp"}
 
 
 def twins(config: GriffinConfig = CONFIG) -> tuple[Griffin, RecurrentGemmaForCausalLM]:
@@ -134,6 +139,32 @@ def google_decoder(model: Any, rows: int) -> Callable[[int], None]:
             token, position = logits[:, -1:].argmax(dim=-1), position + 1
 
     return run
+
+
+@contextmanager
+def gemma_cpp_decoder(driver: Path, rows: int, form: str) -> Iterator[Callable[[int], None]]:
+    """Google's C++ engine, as benchmarks/gemma_cpp builds it: a process that decodes when asked and else sleeps."""
+    command = [str(driver), str(torch.get_num_threads()), str(rows), form]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        to, answers = child.stdin, child.stdout
+        assert to is not None
+        assert answers is not None
+
+        def answer() -> dict[str, Any]:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(f"{' '.join(command)} ended with {child.wait()}")
+            found: dict[str, Any] = json.loads(line)
+            return found
+
+        def run(count: int) -> None:
+            print(count, file=to, flush=True)
+            answer()
+
+        if (threads := answer()["threads"]) != torch.get_num_threads():
+            raise RuntimeError(f"gemma.cpp took {threads} threads, not {torch.get_num_threads()}")
+        yield run
+        to.close()  # the end of its input ends it
 
 
 def hf_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:

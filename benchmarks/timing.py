@@ -18,11 +18,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(tasks: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each task, one after another in every round, so that a machine's drift falls on all of them alike."""
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1, rest_s: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each task, one after another in every round, so that a machine's drift falls on all of them alike.
+
+    Before each task, a rest: OpenMP's threads spin for some 20 ms when their work is done, which another process feels.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for round_ in range(warmup + rounds):
         for name, task in tasks.items():
+            time.sleep(rest_s)
             start = time.perf_counter()
             task()
             elapsed = time.perf_counter() - start
