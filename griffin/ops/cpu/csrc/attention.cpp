@@ -40,13 +40,13 @@ INLINE void score(const T* q, const T* k, int64_t count, const Ring& r, float sc
   const int64_t row = r.G * r.K, ahead = prefetch_distance(r.K * sizeof(T)) / static_cast<int64_t>(sizeof(T));
   int64_t s = 0;
   for (; s + 4 <= count; s += 4) {
-    Vec acc[4][N] = {};
+    Wide acc[4][N] = {};
     dots<4, N>(k + s * row, row, q, r.K, r.K, {k + s * row + ahead, 0, 1}, acc);
     for (int m = 0; m < 4; ++m)
       for (int n = 0; n < N; ++n) scores[n][s + m] = scale * sum(acc[m][n]);
   }
   for (; s < count; ++s) {
-    Vec acc[1][N] = {};
+    Wide acc[1][N] = {};
     dots<1, N>(k + s * row, row, q, r.K, r.K, {k + s * row + ahead, 0, 1}, acc);
     for (int n = 0; n < N; ++n) scores[n][s] = scale * sum(acc[0][n]);
   }

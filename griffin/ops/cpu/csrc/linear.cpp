@@ -5,7 +5,7 @@
 // All tensors are contiguous: x (N, K), W (O, K), b (O) or null, y (N, O). X is the type of x and y.
 //
 // A task is ROWS rows of W, in tiles of 4. A tile is multiplied with PASS rows of x at a time, a span of inputs after the
-// other: after the first pass the span is in the cache. A sum runs over k in eight lanes, in one order whatever N, the
+// other: after the first pass the span is in the cache. A sum runs over k in WIDE lanes, in one order whatever N, the
 // tile or the thread: a row gives the same bits alone as in a batch.
 #include "kernel.h"
 #include "rows.h"
@@ -17,11 +17,11 @@ constexpr int64_t SPAN = 1024, MOST = 16;  // the most inputs of a pass over all
 
 // sums[n][m] += a span of M rows of W times one of N rows of x, PASS of them at a time.
 template <int M, class W, class X>
-INLINE void add_span(const W* w, const X* x, int64_t N, int64_t K, int64_t count, Ahead<W> ahead, Vec* sums) {
+INLINE void add_span(const W* w, const X* x, int64_t N, int64_t K, int64_t count, Ahead<W> ahead, Wide* sums) {
   for (int64_t n = 0; n < N; n += PASS, ++ahead.share) {
     const auto rows = [&](auto n_count) __attribute__((always_inline)) {
       constexpr int NB = decltype(n_count)::value;
-      Vec part[M][NB];
+      Wide part[M][NB];
       for (int m = 0; m < M; ++m)
         for (int j = 0; j < NB; ++j) part[m][j] = sums[(n + j) * M + m];
       dots<M, NB>(w, K, x + n * K, K, count, ahead, part);
@@ -41,8 +41,8 @@ INLINE void add_span(const W* w, const X* x, int64_t N, int64_t K, int64_t count
 template <int M, class W, class X>
 INLINE void tile(const W* w, const X* x, Bias bias, X* y, int64_t o, int64_t N, int64_t K, int64_t O) {
   constexpr int64_t STEP = LINE / sizeof(W);
-  Vec sums[MOST * M];
-  for (int64_t i = 0; i < N * M; ++i) sums[i] = splat(0.0f);
+  Wide sums[MOST * M];
+  for (int64_t i = 0; i < N * M; ++i) sums[i] = Wide{};
   const int64_t passes = pieces(N, PASS), span = pieces(pieces(K, pieces(K, SPAN)), STEP) * STEP;
   for (int64_t k = 0; k < K; k += span) {
     const int64_t count = smaller(span, K - k);

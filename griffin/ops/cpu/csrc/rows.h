@@ -57,25 +57,26 @@ struct Ahead {
 // acc[m][n] += w[m] . x[n] over `count` inputs, for M rows of W, `row` apart, and N rows of x, K apart.
 template <int M, int N, class W, class X>
 INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t count, const Ahead<W>& ahead,
-                 Vec (&acc)[M][N]) {
+                 Wide (&acc)[M][N]) {
   constexpr int64_t STEP = LINE / sizeof(W);
   int64_t k = 0;
   for (; k + STEP <= count; k += STEP) {
     for (int64_t m = ahead.share; m < M; m += ahead.shares) __builtin_prefetch(ahead.from + m * row + k);
 #pragma GCC unroll 4
-    for (int64_t j = k; j < k + STEP; j += LANES) {
-      Vec v[N];
-      for (int n = 0; n < N; ++n) v[n] = load(x + n * K + j);
+    for (int64_t j = k; j < k + STEP; j += WIDE) {
+      Wide v[N];
+      for (int n = 0; n < N; ++n) v[n] = load_wide(x + n * K + j);
       for (int m = 0; m < M; ++m) {
-        const Vec weights = load(w + m * row + j);
+        const Wide weights = load_wide(w + m * row + j);
         for (int n = 0; n < N; ++n) acc[m][n] = fma(weights, v[n], acc[m][n]);
       }
     }
   }
-  for (; k < count; k += LANES) {
-    const int64_t lanes = smaller(LANES, count - k);
+  for (; k < count; k += WIDE) {
+    const int64_t lanes = smaller(WIDE, count - k);
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = fma(load(w + m * row + k, lanes), load(x + n * K + k, lanes), acc[m][n]);
+      for (int n = 0; n < N; ++n)
+        acc[m][n] = fma(load_wide(w + m * row + k, lanes), load_wide(x + n * K + k, lanes), acc[m][n]);
   }
 }
 

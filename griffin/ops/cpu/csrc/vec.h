@@ -107,4 +107,39 @@ INLINE void store(bf16* p, Vec v, int64_t lanes = LANES) {
   }
 }
 
+// The widest fp32 vector the instruction set has, for sums of products: sixteen lanes where there is AVX-512, else a Vec.
+#if defined(__AVX512F__)
+constexpr int64_t WIDE = 16;
+typedef float Wide __attribute__((vector_size(64)));
+typedef uint32_t WideUnsigned __attribute__((vector_size(64)));
+
+INLINE Wide fma(Wide a, Wide b, Wide c) { return (Wide)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+INLINE float sum(Wide v) {
+  Vec halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  return sum(halves[0] + halves[1]);
+}
+
+INLINE __mmask16 first(int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
+
+INLINE Wide load_wide(const float* p, int64_t lanes = WIDE) {
+  return (Wide)(lanes == WIDE ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(lanes), p));
+}
+
+INLINE Wide load_wide(const bf16* p, int64_t lanes = WIDE) {
+  const __m256i v = lanes == WIDE ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                  : _mm256_maskz_loadu_epi16(first(lanes), p);
+  return (Wide)((WideUnsigned)_mm512_maskz_cvtepu16_epi32(first(WIDE), v) << 16);  // the plain one warns in GCC 12
+}
+#else
+constexpr int64_t WIDE = LANES;
+typedef Vec Wide;
+
+template <class T>
+INLINE Wide load_wide(const T* p, int64_t lanes = WIDE) {
+  return load(p, lanes);
+}
+#endif
+
 }  // namespace
