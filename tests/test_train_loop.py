@@ -161,8 +161,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, config: Tra
 
 
 def test_the_second_ctrl_c_stops_at_once(tmp_path: Path, config: TrainConfig) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "run", sampler=signals_on(1, signal.SIGINT, times=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run", sampler=signals_on(1, signal.SIGINT, times=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert latest(tmp_path / "run") is None
     assert run(config, tmp_path / "run", resume=True)[0].finished  # from the beginning
 
