@@ -20,6 +20,7 @@ from griffin.ops.residual import cast
 from griffin.ops.triton import serve
 
 GROUPS = (32, 64, 128)
+NOT_FINITE = "a weight that is not finite cannot be quantised"
 BLOCK = 64
 MOST_ROWS_ON_GPU = 64  # of x up to which W is read as it is stored; beyond, a matrix product does more per byte
 # An int4 scale is the best of these, in squared error, times the group's largest value over -8: clipping that one a
@@ -47,17 +48,23 @@ def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
     """
     if group not in GROUPS:
         raise ValueError(f"group={group} must be one of {', '.join(map(str, GROUPS))}")
-    wide = _finite(weight)
-    O, K = wide.shape
+    O, K = weight.shape
     P = padded_width(K, group)
-    groups = F.pad(wide, (0, P - K)).view(O, P // group, group)
+    factors = torch.tensor(_SHRINK, dtype=torch.float64).div_(-8).float()
+    if library.serves(weight.detach()):
+        q, scale = linears.quantize_int4(weight.detach(), factors, P, group)
+        if not torch.isfinite(scale).all():
+            raise ValueError(NOT_FINITE)
+        return q, scale
+    groups = F.pad(_finite(weight), (0, P - K)).view(O, P // group, group)
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    best_error = torch.full_like(largest, torch.inf)
+    best_error = torch.full_like(largest, torch.inf, dtype=torch.float64)
     best_scale, best_q = torch.zeros_like(largest), torch.zeros_like(groups)
-    for shrink in _SHRINK:
-        scale = (largest * (shrink / -8)).bfloat16().float()
+    for factor in factors.tolist():
+        scale = (largest * factor).bfloat16().float()
         q = (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
-        error = (q * scale - groups).square_().sum(dim=2, keepdim=True)
+        # In fp64: two scales may be equally good to fp32, and the order of a sum would choose.
+        error = (q * scale - groups).double().square_().sum(dim=2, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_q = torch.where(better, scale, best_scale), torch.where(better, q, best_q)
@@ -160,5 +167,5 @@ def padded_width(in_width: int, group: int) -> int:
 def _finite(weight: Tensor) -> Tensor:
     wide = weight.detach().float()
     if not torch.isfinite(wide).all():
-        raise ValueError("a weight that is not finite cannot be quantised")
+        raise ValueError(NOT_FINITE)
     return wide

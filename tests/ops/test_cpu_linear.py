@@ -316,6 +316,27 @@ def test_a_slab_of_rows_quantises_as_within_the_whole() -> None:
         assert torch.equal(quantise(w[5:9])[1], scale[5:9])
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_int4_quantises_to_the_bits_of_the_definition(instructions: str) -> None:
+    """Also ties, groups of zeros, values whose scale is zero or subnormal in bf16, and the largest of fp32."""
+    w = torch.randn(30, 333)
+    w[1] = 0
+    w[2] = torch.tensor([1.0, -1.0, 0.5]).repeat(111)
+    w[3] *= 1e-39
+    w[4] *= 1e-41
+    w[5] *= 1e37
+    w[6, ::7] *= 100
+    for dtype in DTYPES:
+        for group in (32, 64, 128):
+            for part in (w, w[:, :1], w[:, :64], w.T):
+                with serving("torch"):
+                    q, scale = quantize_int4(part.to(dtype), group)
+                with serving(instructions):
+                    found, found_scale = quantize_int4(part.to(dtype), group)
+                assert torch.equal(found_scale, scale)
+                assert torch.equal(found, q)
+
+
 def test_packing_of_int4_is_as_documented() -> None:
     numbers = torch.arange(64) % 16
     w = (numbers - 8.0)[None]
@@ -338,4 +359,8 @@ def test_errors() -> None:
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="not finite"):
             quantize_int8(torch.tensor([[1.0, bad]]))
+        for group in (32, 64, 128):
+            for dtype in DTYPES:
+                with pytest.raises(ValueError, match="not finite"):
+                    quantize_int4(torch.randn(3, 200).index_fill_(1, torch.tensor([150]), bad).to(dtype), group)
     assert module.padded_width(65, 32) == 128

@@ -22,6 +22,7 @@ _GATES = {
 }
 _int8 = Kernel("linear_int8", "ppp pi pp iii")
 _int4 = Kernel("linear_int4", "ppp pi pp iiii")
+_quantize_int4 = Kernel("quantize_int4", "pp pp iiii")
 _split_rows = Kernel("split_rows", "pppp ii")
 _join_rows = Kernel("join_rows", "pppp p iiii")
 _widen_int8 = Kernel("widen_int8", "ppp ii")
@@ -86,6 +87,15 @@ def linear_int8_many(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
             here = None if bias is None else bias[panel]
             _join_rows(x.dtype, sums, scales, scale[panel], here, out, n, q.shape[0], first, O)
     return y
+
+
+def quantize_int4(weight: Tensor, factors: Tensor, padded: int, group: int) -> tuple[Tensor, Tensor]:
+    """factors: fp32, what is tried as a scale, over a group's largest value. A group that is not finite: scale NaN."""
+    O, K = weight.shape
+    q = torch.empty(O, padded // 2, dtype=torch.uint8)
+    scale = torch.empty(O, padded // group, dtype=torch.bfloat16)
+    _quantize_int4(weight.dtype, weight.contiguous(), factors, q, scale, factors.numel(), O, K, group)
+    return q, scale
 
 
 def multiplies_int8(in_width: int) -> bool:
