@@ -126,7 +126,7 @@ def test_embed(width: int, scale: float | None, dtype: torch.dtype, monkeypatch:
         with library.without_kernels():
             wide = dequantize(q, scales, width, group)
         assert torch.equal(quantized_embed(tokens, q, scales, width, group, dtype, scale), wanted(wide[tokens]))
-    assert names == ["embed_fp32", "embed_bf16", "embed_int8"] + ["embed_int4"] * 3
+    assert names == ["embed_fp32", "embed_bf16", "embed_int8"] + ["quantize_int4", "embed_int4"] * 3
 
 
 def test_next_positions_and_their_angles(monkeypatch: pytest.MonkeyPatch) -> None:
