@@ -70,7 +70,8 @@ def peak_bytes() -> int:
 def save(name: str, results: Mapping[str, Any], variant: str = "") -> Path:
     """Write results/NAME[-VARIANT]-DATE.json with the machine and the command."""
     RESULTS.mkdir(exist_ok=True)
-    command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]  # no one's folders
+    command = f"python -m benchmarks.{name} {' '.join(words)}".strip()
     path = RESULTS / f"{name}{variant and '-'}{variant}-{date.today().isoformat()}.json"
     path.write_text(json.dumps({"command": command, "machine": machine(), **results}, indent=2) + "\n")
     return path
