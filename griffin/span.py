@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from griffin.config import GriffinConfig
-from griffin.ops import flash, next_positions_, rope_table
+from griffin.ops import next_positions_, rope_table
+from griffin.ops.attention import Plan, plan
 from griffin.state import State
 
 
@@ -25,7 +26,7 @@ class Span:
     sin: Tensor  # (B, T, rope_width / 2) fp32
     earlier: int  # tokens before the call that some query may see
     longest: int  # State.longest after the call
-    documents: flash.Sequences | None = None  # for local_attention on CUDA; None: it makes them
+    documents: Plan | None = None  # what local_attention asks once for all layers
 
 
 def span_of(
@@ -68,10 +69,9 @@ def span_of(
         earlier = state.longest if config.window is None else min(state.longest, config.window)
         state.reserve_(longest)
     documents = None
-    waits = packed and torch.compiler.is_compiling()  # to count documents, as a compiled graph cannot
-    if "attention" in config.block_types and T > 1 and flash.applies(tokens.device) and not waits:
+    if "attention" in config.block_types and T > 1:
         at = positions if padding is None else positions.masked_fill(padding, 1)  # padding starts no document
-        documents = flash.sequences(at, earlier, inside=packed)
+        documents = plan(at, earlier, packed=packed)
     return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest, documents)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.files import save_tensors, whole_file
-from griffin.ops import assign_, ring_write_
+from griffin.ops import ring_write_
 
 FORMAT = "griffin-state-1"
 
@@ -27,8 +29,8 @@ class RecurrentState:
 
     def update_(self, h: Tensor, conv: Tensor) -> None:
         """Overwrite in place: CUDA graphs need fixed addresses. clone() first to branch."""
-        assign_(self.h, h)
-        assign_(self.conv, conv)
+        self.h.copy_(h.detach())
+        self.conv.copy_(conv.detach())
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +109,43 @@ class State:
     position: Tensor  # (B,) int64, offset of the next token in its document
     longest: int  # no row's position is above this; kept on the host so that nothing waits for a GPU
     fingerprint: Callable[[], str]  # of the model it belongs to; called only by save and load
+
+    @classmethod
+    @torch.inference_mode(False)  # it must be writable outside inference mode too
+    @torch.no_grad()
+    def new(
+        cls,
+        config: GriffinConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fingerprint: Callable[[], str],
+    ) -> State:
+        """Make the state of `batch_size` rows that have read nothing.
+
+        Args:
+            config: of the model.
+            batch_size: B, the rows.
+            dtype: of the activations; h is in fp32 (fp64 for fp64).
+            device: where its tensors live.
+
+        Raises:
+            ValueError: batch_size < 0.
+        """
+        if batch_size < 0:
+            raise ValueError(f"batch_size={batch_size} must not be negative")
+        B, zeros = batch_size, partial(torch.zeros, device=device)
+        ring = (B, 0 if config.window is None else config.window + 1, config.num_kv_heads, config.head_width)
+        layers: list[RecurrentState | AttentionState] = [
+            RecurrentState(
+                h=zeros(B, config.lru_width, dtype=torch.promote_types(dtype, torch.float32)),
+                conv=zeros(B, config.conv_width - 1, config.lru_width, dtype=dtype),
+            )
+            if kind == "recurrent"
+            else AttentionState(zeros(ring, dtype=dtype), zeros(ring, dtype=dtype), grows=config.window is None)
+            for kind in config.block_types
+        ]
+        return cls(layers, zeros(B, dtype=torch.int64), longest=0, fingerprint=fingerprint)
 
     def __repr__(self) -> str:
         return f"State(batch_size={self.batch_size}, layers={len(self.layers)}, nbytes={self.nbytes})"

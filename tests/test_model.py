@@ -18,6 +18,7 @@ from griffin import PRESETS, Griffin, State
 from griffin.config import griffin_pattern
 from griffin.ops.rg_lru import C
 from griffin.state import AttentionState
+from griffin.train.parallel import prepare_blocks
 
 FAMILIES = ["griffin-tiny", "hawk-tiny", "transformer-tiny"]
 SAME = {"rtol": 0, "atol": 1e-5}  # logits of order 1 after a few dozen fp32 sums in another order
@@ -306,7 +307,7 @@ def test_the_same_generator_gives_the_same_model() -> None:
     assert models[0].fingerprint() == models[1].fingerprint()
     with torch.no_grad():
         models[1].embedding[5, 5] += 1.0
-        models[1].model["final_norm"].weight[0] += 1e-3
+        models[1].model.final_norm.weight[0] += 1e-3
     assert models[0].fingerprint() != models[1].fingerprint()
 
 
@@ -394,7 +395,8 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory() -> No
     ids = torch.randint(0, config.vocab_size, (2, 64))
     gradients, kept = [], []
     for recompute in ("none", "all"):
-        model = Griffin(config, generator=torch.Generator().manual_seed(0), recompute=recompute)
+        model = Griffin(config, generator=torch.Generator().manual_seed(0))
+        prepare_blocks(model, recompute=recompute)
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -434,7 +436,8 @@ def test_cheap_recomputation_gives_the_same_gradients_with_kernels(preset: str, 
     ids, gradients = tokens(2, 80), []
     for recompute in ("none", "cheap"):
         generator = torch.Generator().manual_seed(0)
-        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator, recompute=recompute)
+        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator)
+        prepare_blocks(model, recompute=recompute)
         model(ids).float().square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -450,10 +453,8 @@ def test_cheap_recomputation_runs_the_recurrence_once(
     gradients, memory = {}, {}
     for recompute in ("none", "cheap"):
         model = make_model(dtype=torch.float64)  # the definitions, which PyTorch sees
-        model.recompute = recompute
-        if compiled:
-            torch._dynamo.reset()
-            model.compile_blocks(backend="aot_eager")
+        torch._dynamo.reset()
+        prepare_blocks(model, recompute=recompute, compiled=compiled, backend="aot_eager")
         sizes: list[int] = []
 
         def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -482,11 +483,10 @@ def test_compiled_blocks_give_the_same_gradients(preset: str, activations: torch
     positions[0, 17:] -= 17
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(0)
-        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator, recompute="cheap")
-        if compiled:
-            torch._dynamo.reset()
-            counters.clear()
-            model.compile_blocks(backend="aot_eager")
+        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator)
+        torch._dynamo.reset()
+        counters.clear()
+        prepare_blocks(model, recompute="cheap", compiled=compiled, backend="aot_eager")
         hidden = model(ids, positions=positions)
         (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

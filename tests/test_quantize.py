@@ -142,8 +142,8 @@ def test_training_is_refused_in_one_line(make_model: MakeModel) -> None:
     model = quantize(make_model(), "int8")
     with pytest.raises(GriffinError, match=r"^a quantised model cannot be trained; load it without quantize$"):
         model.train()
-    model.model["final_norm"].weight.requires_grad_(True)
-    model.model["layers"][0].temporal_pre_norm.weight.requires_grad_(True)
+    model.model.final_norm.weight.requires_grad_(True)
+    model.model.layers[0].temporal_pre_norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"^a quantised model cannot be trained; load it without quantize$"):
         model(tokens(model, 1, 3))
 

@@ -138,7 +138,7 @@ def test_weight_decay_by_name() -> None:
     assert {suffix for suffix, name in in_layers.items() if decays(name)} == DECAYS
     assert {name for name in names if ".layers." not in name and decays(name)} == set()
 
-    model.model["embed_tokens"].weight.requires_grad = False
+    model.model.embed_tokens.weight.requires_grad = False
     optimizer = make_optimizer(model.named_parameters(), CONFIG)
     by_parameter = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert by_parameter == {

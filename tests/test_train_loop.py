@@ -339,7 +339,7 @@ def test_a_run_that_diverges_ends(tmp_path: Path, config: TrainConfig, monkeypat
 
     def broken_from_step_3(model: Griffin, *arguments: Any) -> Any:
         if len(steps) >= 3:
-            model.model["final_norm"].weight.data.fill_(torch.nan)
+            model.model.final_norm.weight.data.fill_(torch.nan)
         steps.append(1)
         return take(model, *arguments)
 

@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     batch = pack(shard_of(tmp_path, [64]), [0, 1], 16)
     optimizer = make_optimizer(model.named_parameters(), CONFIG)
     assert take_step(model, optimizer, [batch], 1.0).taken
-    norm = model.model["final_norm"].weight
+    norm = model.model.final_norm.weight
     if where == "weight":
         norm.data[3] = torch.inf  # the loss is not finite
     else:

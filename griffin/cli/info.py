@@ -33,7 +33,7 @@ def info(
     import torch
 
     from griffin.infer.describe import describe
-    from griffin.ops.kernels import serving
+    from griffin.ops.device import serving
 
     found = describe(model, None if dtype is None else getattr(torch, dtype.value))
     kernels, config = serving(place), found.config

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from griffin.infer.graph import Captured
 from griffin.model import Griffin
-from griffin.ops.cpu import library
-from griffin.ops.cpu.record import NotRecordableError, Program, recording
+from griffin.ops.cpu.record import NotRecordableError, Program, available, recording
 from griffin.span import check_tokens, next_span_
 from griffin.state import State
 
@@ -46,7 +45,7 @@ class DecodeStep:
         self.kept: Literal["kernels", "graph"] | None = None
         if model.device.type == "cuda":
             self.kept = "graph"
-        elif model.device.type == "cpu" and library.status()[0]:
+        elif model.device.type == "cpu" and available():
             self.kept = "kernels"
         self._tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=state.position.device)
         self._again: Callable[[], Any] | None = None

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import pointwise as cpp
+from griffin.ops import device
 from griffin.ops.quantized import dequantize
 
 
@@ -25,8 +24,9 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
 
     Gradient for weight.
     """
-    if library.direct(weight) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
-        return cpp.embed(tokens, weight, dtype, scale)
+    kernels = device.kernels("embed", weight, tokens)
+    if kernels is not None and dtype in kernels.DTYPES:
+        return kernels.embed(tokens, weight, dtype, scale)  # type: ignore[no-any-return]
     return _scaled(F.embedding(tokens, weight).to(dtype), scale)
 
 
@@ -40,8 +40,9 @@ def quantized_embed(
     scale: float | None = None,
 ) -> Tensor:
     """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
-    if library.direct(scales) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
-        return cpp.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
+    kernels = device.kernels("quantized_embed", scales, tokens, q)
+    if kernels is not None and dtype in kernels.DTYPES:
+        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)  # type: ignore[no-any-return]
     flat = tokens.flatten()
     rows = dequantize(q[flat], scales[flat], in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import recurrence as cpp
-from griffin.ops.scan import CHUNK, initial_state, reverse_scan, scan
-from griffin.ops.triton import serve
+from griffin.ops import device
+from griffin.ops.chunk import CHUNK
+from griffin.ops.op import opaque
+from griffin.ops.scan import initial_state, reverse_scan, scan
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
 
@@ -68,49 +68,20 @@ def rg_lru(
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
     h0 = initial_state(x, h0)
-    if library.direct(x, input_gate, recurrent_gate, recurrent_param, h0):
-        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)[:2]
     bound = float("inf") if max_sqrt_gradient is None else max_sqrt_gradient
-    y, h_last, _ = torch.ops.griffin.rg_lru(
-        x, input_gate, recurrent_gate, recurrent_param, h0, reset, bound, unscaled_first_token
-    )
+    gates = (input_gate, recurrent_gate)
+    y, h_last, _ = _rg_lru(x, *gates, recurrent_param, h0, reset, bound, unscaled_first_token)
     return y, h_last
 
 
-@torch.library.custom_op("griffin::rg_lru", mutates_args=())
-def _rg_lru(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    recurrent_param: Tensor,
-    h0: Tensor,
-    reset: Tensor | None,
-    max_sqrt_gradient: float,
-    unscaled_first_token: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
-    if serve.serves(x, input_gate, recurrent_gate, recurrent_param, h0):
-        from griffin.ops.triton import rg_lru as kernels  # most machines have no triton
-
-        return kernels.forward(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
-    if library.serves(x, input_gate, recurrent_gate):
-        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
-    b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
-    _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
-    h = scan(a, b.mul_(scale), h0)
-    chunk_states = torch.cat([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], dim=1)
-    return h.to(x.dtype), h[:, -1].clone(), chunk_states
-
-
-@_rg_lru.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, input_gate, recurrent_gate, recurrent_param, h0, reset, max_sqrt_gradient, unscaled_first_token
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset, max_sqrt_gradient, unscaled
 ):
-    B, T, R = x.shape
-    return x.new_empty(B, T, R), torch.empty_like(h0), h0.new_empty(B, (T + CHUNK - 1) // CHUNK, R)
+    like_x = tuple(x.new_empty(x.shape) for _ in range(3))
+    return *like_x, torch.empty_like(recurrent_param), torch.empty_like(dh_last)
 
 
-@torch.library.custom_op("griffin::rg_lru_backward", mutates_args=())
+@opaque("rg_lru_backward", fake=_fake_backward)
 def _rg_lru_backward(
     dy: Tensor,
     dh_last: Tensor,
@@ -130,12 +101,8 @@ def _rg_lru_backward(
     dp = -8 sigmoid(p) sum(r dlog_a);  dh0 = a_1 g_1.
     """
     inputs = (dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states)
-    if serve.serves(*inputs):
-        from griffin.ops.triton import rg_lru as kernels
-
-        return kernels.backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
-    if library.serves(x, dy):
-        return cpp.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
+    if (kernels := device.kernels("rg_lru", *inputs)) is not None:
+        return kernels.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)  # type: ignore[no-any-return]
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
@@ -161,15 +128,14 @@ def _rg_lru_backward(
     )
 
 
-@_rg_lru_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset, max_sqrt_gradient, unscaled
+def _fake(  # type: ignore[no-untyped-def]
+    x, input_gate, recurrent_gate, recurrent_param, h0, reset, max_sqrt_gradient, unscaled_first_token
 ):
-    like_x = tuple(x.new_empty(x.shape) for _ in range(3))
-    return *like_x, torch.empty_like(recurrent_param), torch.empty_like(dh_last)
+    B, T, R = x.shape
+    return x.new_empty(B, T, R), torch.empty_like(h0), h0.new_empty(B, (T + CHUNK - 1) // CHUNK, R)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, input_gate, recurrent_gate, recurrent_param, _, reset, ctx.bound, ctx.unscaled = inputs
     ctx.save_for_backward(x, input_gate, recurrent_gate, recurrent_param, output[2], reset)
     ctx.mark_non_differentiable(output[2])
@@ -181,7 +147,26 @@ def _backward(ctx, dy, dh_last, _):  # type: ignore[no-untyped-def]
     return dx, di, dr, dp, dh0, None, None, None
 
 
-_rg_lru.register_autograd(_backward, setup_context=_setup_context)
+@opaque("rg_lru", fake=_fake, backward=_backward, save=_save)
+def _rg_lru(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrent_gate: Tensor,
+    recurrent_param: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    max_sqrt_gradient: float,
+    unscaled_first_token: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
+    inputs = (x, input_gate, recurrent_gate, recurrent_param, h0)
+    if (kernels := device.kernels("rg_lru", *inputs)) is not None:
+        return kernels.rg_lru(*inputs, reset, unscaled_first_token)  # type: ignore[no-any-return]
+    b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
+    _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
+    h = scan(a, b.mul_(scale), h0)
+    chunk_states = torch.cat([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], dim=1)
+    return h.to(x.dtype), h[:, -1].clone(), chunk_states
 
 
 def _decay(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import recurrence as cpp
-from griffin.ops.triton import serve
+from griffin.ops import device
+from griffin.ops.chunk import CHUNK
+from griffin.ops.op import opaque
 
-# Time is cut in chunks of this many tokens wherever something is kept or computed per chunk.
-CHUNK = 64
 # With fewer channels than this in flight (B * R), a step of the loop over time is all overhead, and on a GPU it always
 # is: there, chunks run side by side. Above it, chunks cost two more passes over memory than the plain loop.
 _WIDE = 512
@@ -37,7 +35,7 @@ def linear_scan(x: Tensor, a: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     """
     if x.dim() != 3 or x.shape != a.shape or x.dtype != a.dtype or x.shape[1] == 0:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and a {tuple(a.shape)} {a.dtype} must be the same (B, T>0, R)")
-    return torch.ops.griffin.linear_scan(x, a, initial_state(x, h0))  # type: ignore[no-any-return]
+    return _linear_scan(x, a, initial_state(x, h0))
 
 
 def initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
@@ -55,33 +53,16 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.custom_op("griffin::linear_scan", mutates_args=())
-def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    if serve.serves(x, a, h0):
-        from griffin.ops.triton import linear_scan as kernels  # most machines have no triton
-
-        return kernels.forward(x, a, h0)
-    if library.serves(x, a):
-        return cpp.linear_scan(x, a, h0)
-    h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
-    return h.to(x.dtype), h[:, -1].clone()
+def _fake_backward(dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), a.new_empty(a.shape), h0.new_empty(h0.shape)
 
 
-@_linear_scan.register_fake
-def _(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h0)
-
-
-@torch.library.custom_op("griffin::linear_scan_backward", mutates_args=())
+@opaque("linear_scan_backward", fake=_fake_backward)
 def _linear_scan_backward(
     dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if serve.serves(dy, dh_last, x, a, h0):
-        from griffin.ops.triton import linear_scan as kernels
-
-        return kernels.backward(dy, dh_last, x, a, h0)
-    if library.serves(x, a, dy):
-        return cpp.linear_scan_backward(dy, dh_last, x, a, h0)
+    if (kernels := device.kernels("linear_scan", x, a, h0, dy, dh_last)) is not None:
+        return kernels.linear_scan_backward(dy, dh_last, x, a, h0)  # type: ignore[no-any-return]
     a_, x_ = a.to(h0.dtype), x.to(h0.dtype)
     g = reverse_scan(a_, dy.to(h0.dtype), dh_last)
     h = scan(a_, x_, h0)
@@ -89,12 +70,11 @@ def _linear_scan_backward(
     return g.to(x.dtype), (g * before).to(a.dtype), a_[:, 0] * g[:, 0]
 
 
-@_linear_scan_backward.register_fake
-def _(dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), a.new_empty(a.shape), h0.new_empty(h0.shape)
+def _fake(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(h0)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*inputs)
 
 
@@ -102,7 +82,12 @@ def _backward(ctx, dy, dh_last):  # type: ignore[no-untyped-def]
     return torch.ops.griffin.linear_scan_backward(dy, dh_last, *ctx.saved_tensors)
 
 
-_linear_scan.register_autograd(_backward, setup_context=_setup_context)
+@opaque("linear_scan", fake=_fake, backward=_backward, save=_save)
+def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    if (kernels := device.kernels("linear_scan", x, a, h0)) is not None:
+        return kernels.linear_scan(x, a, h0)  # type: ignore[no-any-return]
+    h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
+    return h.to(x.dtype), h[:, -1].clone()
 
 
 def scan(a: Tensor, b: Tensor, h0: Tensor, *, wide: int = _WIDE) -> Tensor:

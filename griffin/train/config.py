@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
-from griffin.recompute import Recompute
+from griffin.train.parallel import Recompute
 
 Dtype = Literal["fp32", "bf16"]
 

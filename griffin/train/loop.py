@@ -25,6 +25,7 @@ from griffin.train.display import Display, reporting
 from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
+from griffin.train.parallel import prepare_blocks
 from griffin.train.snapshot import Progress, latest, load_snapshot, remove_leftovers, save_snapshot
 from griffin.train.step import StepResult, Validation, take_step
 from griffin.train.stop import only_process, stop_on_signal
@@ -120,8 +121,7 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory() if config.recompute == "none" else return_freed_memory()
         self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
-        if config.compile:
-            self.model.compile_blocks()
+        prepare_blocks(self.model, recompute=config.recompute, compiled=config.compile)
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
         self.peak_flops = config.peak_flops or peak_flops(self.device)
         self.flops_per_token = flops_per_token(config.model, config.row_tokens)
@@ -287,13 +287,11 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
     activations = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     if init_from is None:
         generator = torch.Generator(device).manual_seed(config.seed)
-        return Griffin(
-            model, device=device, activation_dtype=activations, generator=generator, recompute=config.recompute
-        )
+        return Griffin(model, device=device, activation_dtype=activations, generator=generator)
     loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
     if loaded.config != model:
         raise GriffinError(f"{init_from} is of another config than model=; leave model=None to take its own")
-    loaded.activation_dtype, loaded.recompute = activations, config.recompute
+    loaded.activation_dtype = activations
     return loaded
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin.ops.scan import CHUNK
+from griffin.ops.chunk import CHUNK
 from griffin.ops.triton import tiles
 
 FORWARD_WARPS = 4
@@ -23,7 +23,7 @@ BACKWARD_WARPS = 8
 LEAST = 1e-20
 
 
-def forward(
+def rg_lru(
     x: Tensor,
     input_gate: Tensor,
     recurrent_gate: Tensor,
@@ -43,7 +43,7 @@ def forward(
     return y, h_last, chunk_states
 
 
-def backward(
+def rg_lru_backward(
     dy: Tensor,
     dh_last: Tensor,
     x: Tensor,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin.ops.scan import CHUNK
+from griffin.ops.chunk import CHUNK
 
 # To be tuned on a device.
 BD = 32  # channels of a program: 64 bytes of bf16, whole bursts of the memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin.ops.triton import serve
+from griffin.ops import device
 
 if find_spec("triton") is not None:  # the tests say pytest.importorskip
     from tests.ops.triton.bfloat16 import bfloat16_by_value
@@ -26,5 +26,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _by_triton() -> Iterator[None]:
     """Tests here run the ops on CPU tensors through Triton's kernels, interpreted."""
-    with serve.serving_cpu():
+    with device.pretending_cuda():
         yield
