@@ -96,7 +96,7 @@ def test_what_belongs_to_others_is_not_loaded(model: Griffin, tokenizer: Tokeniz
     other = Tokenizer.train(["another text entirely, entirely"], 270)
     with pytest.raises(GriffinError, match="another tokenizer"):
         Conversation.load(tmp_path / "talk", model, other)
-    model.new_state(2).save(tmp_path / "state")
+    model.new_state(2).save(tmp_path / "state", model)
     with pytest.raises(GriffinError, match="2 rows and no conversation"):
         Conversation.load(tmp_path / "state", model, tokenizer)
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_going_on_equals_never_having_stopped(
     for row, (long, short) in enumerate(zip(whole, first, strict=True)):
         assert long.tokens[: W + 2] == short.tokens
         assert len(short.unread) == 1
-        short.state.save(tmp_path / f"{row}.state")
+        short.state.save(tmp_path / f"{row}.state", model)
         loaded = State.load(tmp_path / f"{row}.state", model)
         for state in (short.state, loaded, short.state):  # twice: it is not changed
             rest = generate(model, tokenizer, [short.unread], state=state, max_tokens=W + 7, **greedy)[0]
