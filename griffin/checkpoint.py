@@ -102,7 +102,8 @@ def load(
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensors.pop(name), parameter.requires_grad))
     kind = stored[EMBEDDING if EMBEDDING in stored else "model.final_norm.weight"][1]
-    model.activation_dtype = dtype or kind
+    if model.activation_dtype != (dtype or kind):  # else it stays None, and follows the parameters
+        model.activation_dtype = dtype or kind
     return model.eval()
 
 
