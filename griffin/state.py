@@ -198,7 +198,8 @@ class State:
         self.longest = max(self.longest, source.longest)
 
     def _row_index(self, index: Sequence[int] | Tensor) -> Tensor:
-        rows = torch.as_tensor(index if isinstance(index, Tensor) else list(index), dtype=torch.int64)
+        # Not as_tensor: it would put them on PyTorch's default device, whatever that is.
+        rows = index.long() if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device="cpu")
         if rows.dim() != 1 or (rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size):
             raise ValueError(f"rows {rows.tolist()} must be a list within 0 .. {self.batch_size - 1}")
         return rows.to(self.position.device)

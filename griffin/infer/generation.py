@@ -226,7 +226,7 @@ class Generation:
     def _draw(self) -> None:
         """Let each row take its uniform number."""
         numbers = [0.0 if row is None else draws([row.sampling], [row.generator])[0] for row in self._places]
-        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64))
+        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64, device=self._uniform.device))
 
     def _choose(self, logits: Tensor) -> Chosen:
         """Nothing here waits for a GPU: there it is part of the graph of a step."""
