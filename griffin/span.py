@@ -49,6 +49,7 @@ def span_of(
     if lengths is not None:
         if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
             raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
+        lengths = lengths.to(torch.int64)  # one less than 0 is 255 in uint8
         padding = torch.arange(T, device=tokens.device) >= lengths[:, None]
     if checked and tokens.numel():
         check_tokens(tokens if padding is None else tokens.masked_fill(padding, 0), config.vocab_size)
@@ -67,7 +68,10 @@ def span_of(
     earlier = longest = 0
     if state is not None:
         earlier = state.longest if config.window is None else min(state.longest, config.window)
-        longest = _longest_after(config, state, positions if packed else None, padding, T)
+        if packed:
+            longest = _longest_packed(state, positions, padding)
+        else:
+            longest = _longest_after(config, state, lengths, T)
         state.reserve_(longest)
     documents = None
     waits = packed and torch.compiler.is_compiling()  # to count documents, as a compiled graph cannot
@@ -77,23 +81,20 @@ def span_of(
     return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest, documents)
 
 
-def _longest_after(
-    config: GriffinConfig, state: State, positions: Tensor | None, padding: Tensor | None, T: int
-) -> int:
-    """State.longest after the call. Padding does not count, wherever that can be seen without waiting for a GPU.
+def _longest_after(config: GriffinConfig, state: State, lengths: Tensor | None, T: int) -> int:
+    """State.longest after T more tokens or `lengths` of them: padding does not count.
 
-    Of packed documents it is waited for, as their offsets are not known otherwise; and for global attention, whose
-    memory it is.
+    On a GPU that would have to be waited for. It is for global attention, whose memory it decides; else T is taken.
     """
-    if not state.batch_size:
-        return state.longest
-    if positions is None:
-        waits = state.position.device.type != "cpu" and config.window is not None
-        if padding is None or waits or torch.compiler.is_compiling():
-            return state.longest + T
-        return max(state.longest, int((state.position + (~padding).sum(dim=1)).max()))
+    waits = state.position.device.type != "cpu" and config.window is not None
+    if lengths is None or waits or torch.compiler.is_compiling():
+        return state.longest + T
+    return max(state.longest, int((state.position + lengths).max()) if len(lengths) else 0)
+
+
+def _longest_packed(state: State, positions: Tensor, padding: Tensor | None) -> int:
     counted = positions if padding is None else positions.masked_fill(padding, -1)
-    return max(state.longest, int(counted.max()) + 1)
+    return max(state.longest, int(counted.max()) + 1 if len(counted) else 0)
 
 
 def _check_gradients(state: State) -> None:
@@ -102,15 +103,10 @@ def _check_gradients(state: State) -> None:
     A state carries values, not gradients. h and conv may be results of other operations: their gradients are right.
     """
     for name, tensor in state.tensors().items():
-        if tensor.requires_grad and (tensor.is_leaf or name.endswith(("keys", "values"))):
-            raise ValueError(
-                f"state.{name} requires a gradient and is overwritten in place: detach it"
-                + (
-                    ""
-                    if name.endswith(("keys", "values"))
-                    else ", or put a result that is no leaf there, such as h * 1"
-                )
-            )
+        window = name.endswith(("keys", "values"))
+        if tensor.requires_grad and (tensor.is_leaf or window):
+            other = "" if window else ", or put a result there that is no leaf, such as h * 1"
+            raise ValueError(f"state.{name} requires a gradient and is overwritten in place: detach it{other}")
 
 
 def next_span_(config: GriffinConfig, state: State) -> Span:

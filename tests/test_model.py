@@ -296,6 +296,20 @@ def test_padding_takes_no_slots(make_model: MakeModel) -> None:
     assert state.longest == 62
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@torch.no_grad()
+def test_lengths_and_positions_in_any_whole_numbers(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model, ids = make_model(), tokens(3, 9)
+    lengths, positions = torch.tensor([0, 4, 9]), torch.arange(9).repeat(3, 1)
+    states = [model.new_state(3) for _ in range(2)]
+    wanted = model(ids, states[0], positions=positions, lengths=lengths)
+    found = model(ids, states[1], positions=positions.to(dtype), lengths=lengths.to(dtype))
+    assert torch.equal(found[1, :4], wanted[1, :4])
+    assert torch.equal(found[2], wanted[2])
+    for name, tensor in states[0].tensors().items():
+        assert torch.equal(tensor, states[1].tensors()[name]), name
+
+
 @torch.no_grad()
 def test_rows_of_another_shape_are_refused_before_anything_is_written(make_model: MakeModel) -> None:
     state = make_model(window=16).new_state(2)
