@@ -7,12 +7,9 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from griffin.errors import GriffinError
-
-if TYPE_CHECKING:
-    from safetensors import safe_open
 
 MOST_TEXT_BYTES = 64 * 2**20  # of a JSON or text file; an index of 10,000 tensors has 1 MB
 MOST_HEADER_BYTES = 8 * 2**20  # of a safetensors file: the names and shapes of 50,000 tensors
@@ -108,8 +105,8 @@ def check_regular(file: str | Path, *, mend: str = ANOTHER_COPY) -> int:
     return found.st_size
 
 
-def open_tensors(file: str | Path, *, mend: str = ANOTHER_COPY, most_header: int = MOST_HEADER_BYTES) -> safe_open:
-    """Open a safetensors file whose header is of a size that can be.
+def open_tensors(file: str | Path, *, mend: str = ANOTHER_COPY, most_header: int = MOST_HEADER_BYTES) -> Any:
+    """Open a safetensors file (safe_open) whose header is of a size that can be.
 
     The library checks that names, shapes and bytes fit; it reads a header of up to 100 MB and a million names first.
 

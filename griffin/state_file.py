@@ -114,7 +114,7 @@ def _place(path: str | Path) -> Path:
 
 def _open(path: Path) -> tuple[Any, dict[str, str], dict[str, _Kind]]:
     """Read the header: its fields, and the shape and dtype of each tensor."""
-    file: Any = open_tensors(path, mend=_MEND, most_header=_MOST_HEADER_BYTES)
+    file = open_tensors(path, mend=_MEND, most_header=_MOST_HEADER_BYTES)
     fields = file.metadata() or {}
     found = fields.get("format")
     if found != FORMAT:
