@@ -272,7 +272,26 @@ def test_a_fuzzer_finds_nothing(make_model: MakeModel, tmp_path: Path, family: s
         assert load_metadata(tmp_path / "s") == metadata
         return back, metadata
 
-    attack([tmp_path / "s"], read, lambda got: same(got[0], state) and got[1] == {"text": "to be"}, seconds=2)
+    attack([tmp_path / "s"], read, lambda got: same(got[0], state) and got[1] == {"text": "to be"}, seconds=1)
+
+
+@pytest.mark.parametrize("family", ["griffin-tiny", "transformer-tiny"])
+def test_a_fuzzer_finds_nothing_behind_the_checksum(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """An adversary's checksum fits. Values may be others then, but what is accepted can be gone on from."""
+    model = make_model(family)
+    advanced(model).save(tmp_path / "s", model, metadata={"text": "to be"})
+    monkeypatch.setattr(state_file, "_digest", lambda fields, tensors: fields.get("sha256"))
+
+    def go_on() -> bool:
+        back, metadata = load_both(tmp_path / "s", model)
+        with torch.no_grad():
+            for T in (1, 20):
+                model(torch.zeros(back.batch_size, T, dtype=torch.int64), back)
+        return all(isinstance(text, str) for text in metadata.values())
+
+    attack([tmp_path / "s"], go_on, bool, seconds=1)
 
 
 def test_a_state_is_tensors_and_plain_values(make_model: MakeModel) -> None:

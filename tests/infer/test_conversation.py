@@ -160,7 +160,7 @@ def test_a_fuzzer_finds_nothing(model: Griffin, tokenizer: Tokenizer, tmp_path: 
             torch.equal(mine[name], theirs[name]) for name in theirs
         )
 
-    attack([tmp_path / "talk"], lambda: Conversation.load(tmp_path / "talk", model, tokenizer), same, seconds=2)
+    attack([tmp_path / "talk"], lambda: Conversation.load(tmp_path / "talk", model, tokenizer), same, seconds=1)
 
 
 def test_a_closed_reply_counts_as_far_as_it_came(model: Griffin, tokenizer: Tokenizer) -> None:
