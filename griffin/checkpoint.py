@@ -161,7 +161,9 @@ def _read(
     for name, parameter in dict(model.named_parameters()).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensors.pop(name), parameter.requires_grad))
-    model.activation_dtype = dtype or contents.activation_dtype
+    kind = dtype or contents.activation_dtype
+    if model.activation_dtype != kind:  # else it stays None, and follows the parameters
+        model.activation_dtype = kind
     return model.eval()
 
 

@@ -7,17 +7,17 @@ a State is passed, nothing else.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict
+import uuid
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from griffin.autocast import own_dtypes
 from griffin.config import GriffinConfig
+from griffin.fingerprint import Remembered
 from griffin.ops import (
     add,
     block_diagonal_linear,
@@ -231,12 +231,16 @@ class Griffin(nn.Module):
         config: the architecture.
         device: where the parameters live; None is PyTorch's default. "meta" makes a model without storage.
         dtype: of the parameters.
-        activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
-            mixed-precision training.
+        activation_dtype: of the activations; None means as the embedding, whatever `double()`, `bfloat16()` or `to()`
+            make of it later (as the final norm, once the embedding is quantised). fp32 parameters with bf16
+            activations is mixed-precision training; torch.autocast changes nothing in here.
         generator: the source of the initial weights; None is PyTorch's default generator.
         recompute: which activations of a block are computed again in the backward pass, not kept: "none", "all" (the
             activations of one block in memory instead of all, for about a third more time), or "cheap" (all but those
             of matrix products, the recurrence and attention).
+
+    Attributes:
+        model_id: of this model and its copies; its states bear it.
     """
 
     def __init__(
@@ -252,7 +256,8 @@ class Griffin(nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         self._kept = kept
-        self.activation_dtype = activation_dtype or dtype
+        self.activation_dtype = activation_dtype
+        self.model_id, self._fingerprint = uuid.uuid4().hex, Remembered()
         self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
             layers = nn.ModuleDict(
@@ -272,6 +277,19 @@ class Griffin(nn.Module):
     def embedding(self) -> Tensor:
         """(V, D), the input embedding and the output matrix; of a quantised model, a widened copy."""
         return cast(Tensor, self.model["embed_tokens"].weight)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What activations and states are in; setting it to None lets it follow the parameters again."""
+        if self._activation_dtype is not None:
+            return self._activation_dtype
+        embedding = self.model["embed_tokens"]  # a quantised one's numbers are in no dtype of activations
+        followed = embedding if isinstance(embedding, Embedding) else self.model["final_norm"]
+        return cast(Tensor, followed.weight).dtype
+
+    @activation_dtype.setter
+    def activation_dtype(self, dtype: torch.dtype | None) -> None:
+        self._activation_dtype = dtype
 
     @property
     def device(self) -> torch.device:
@@ -313,13 +331,14 @@ class Griffin(nn.Module):
 
     def run(self, tokens: Tensor, state: State | None, span: Span) -> Tensor:
         """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
-        x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
-        for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
-            if state is None:
-                x = self._kept(block, self.recompute, x, None, span)
-            else:
-                x = block(x, state.layers[index], span)
-        return self.model["final_norm"](x)  # type: ignore[no-any-return]
+        with own_dtypes(tokens.device):
+            x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
+            for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
+                if state is None:
+                    x = self._kept(block, self.recompute, x, None, span)
+                else:
+                    x = block(x, state.layers[index], span)
+            return self.model["final_norm"](x)  # type: ignore[no-any-return]
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks for training with torch.compile: one graph for each kind of block, whatever their number.
@@ -339,7 +358,8 @@ class Griffin(nn.Module):
             (..., V) fp32.
         """
         embedding = cast(Embedding, self.model["embed_tokens"])
-        return soft_cap(embedding.output(hidden), self.config.logits_soft_cap)
+        with own_dtypes(hidden.device):
+            return soft_cap(embedding.output(hidden), self.config.logits_soft_cap)
 
     @torch.inference_mode(False)  # the state must be writable outside inference mode too
     @torch.no_grad()
@@ -367,18 +387,15 @@ class Griffin(nn.Module):
             )
             for kind in config.block_types
         ]
-        return State(layers, zeros(B, dtype=torch.int64), longest=0, fingerprint=self.fingerprint)
+        return State(layers, zeros(B, dtype=torch.int64), longest=0, model_id=self.model_id)
 
-    @torch.no_grad()
     def fingerprint(self) -> str:
-        """Give a sha256 of the architecture and 16 values of every parameter: two models that differ, differ in it."""
-        architecture = {name: value for name, value in asdict(self.config).items() if name != "init"}
-        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, values.numel() // 16)][:16].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        """Give a sha256 over the architecture and every weight: see `griffin.fingerprint`.
+
+        The weights are read once, about a second per 2 GB, and again only after they changed. A change through
+        `parameter.data` in place is not seen.
+        """
+        return self._fingerprint(self.config, {**dict(self.named_parameters()), **dict(self.named_buffers())})
 
 
 def _embedding_scale(config: GriffinConfig) -> float | None:

@@ -54,6 +54,7 @@ def test_round_trip_is_exact(tmp_path: Path, make_model: MakeModel, preset: str,
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     assert griffin.load(tmp_path / "model", dtype=torch.bfloat16).embedding.dtype == torch.bfloat16
+    assert back.double().activation_dtype == torch.float64  # nothing but the parameters said it
 
 
 def test_every_tensor_keeps_its_own_dtype(folder: Path) -> None:

@@ -121,7 +121,7 @@ def test_states_and_losses_go_on_working(tmp_path: Path, make_model: MakeModel) 
     with torch.no_grad():
         state = model.new_state(1)
         model(ids[:, :7], state)
-        state.save(tmp_path / "state")
+        state.save(tmp_path / "state", model)
         again = State.load(tmp_path / "state", model)
         assert torch.equal(model(ids[:, 7:], again), model(ids[:, 7:], state))
         hidden = model(ids)

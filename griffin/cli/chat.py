@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from griffin.infer.generate import Options
 
 HELP = """\
-/save FILE    write the conversation: one file, whose size does not depend on its length
+/save FILE    write the conversation: one file, the state and the text
 /load FILE    go on with a saved conversation; nothing is read again
 /fork NAME    keep the conversation as it is now under NAME, and go on here
 /switch NAME  go on with NAME; this one is kept too

@@ -29,7 +29,7 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Train
     for name, parameter in parameters:
         if parameter.requires_grad:
             groups[decays(name)].append((name, parameter))
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": group, "weight_decay": config.weight_decay if decayed else 0.0}
             for decayed, group in groups.items()
@@ -40,6 +40,13 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Train
         eps=config.eps,
         fused=True,
     )
+    optimizer.register_step_post_hook(_count_writes)
+    return optimizer
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Tell PyTorch that the parameters were written: a fused step does not, and Griffin.fingerprint asks."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -83,7 +83,7 @@ CASES: list[tuple[str, Make, list[str], str]] = [
         "a conversation that is text",
         write("c", b"hello"),
         ["chat", "model", "--load", "c"],
-        "cannot be read as a state",
+        "c cannot be read (",
     ),
     ("unknown preset", nothing, ["info", "griffin-1t"], "griffin-1t"),
     ("no text", nothing, ["train", "no.txt"], "no.txt"),

@@ -60,7 +60,7 @@ def test_commands_that_fail_say_so_and_go_on(chat_folder: Path, tmp_path: Path, 
 
 
 def test_two_slashes_are_one(chat_folder: Path, tmp_path: Path, say: Say) -> None:
-    from griffin.state import load_metadata
+    from griffin.state_file import load_metadata
 
     say(chat_folder, "//help me", f"/save {tmp_path / 'talk'}")
     assert '"/help me"' in load_metadata(tmp_path / "talk")["conversation"]
