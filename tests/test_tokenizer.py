@@ -540,7 +540,11 @@ def test_chats_that_cannot_be_encoded(template: str | None, messages: list[dict[
     [
         (chat_template.GEMMA, turns("a", "b"), "message 1 of 2 is the assistant's; end with a user message"),
         ("{{ messages[0].content }}", turns("a", "b", "c"), "writes the last answer 0 times"),
-        ("{{ messages[1].content }}{{ messages[1].content }}", turns("a", "b", "c"), "writes the last answer 2 times"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            turns("a", "b", "c"),
+            "writes the last answer 2 times",
+        ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
             turns("a", "b", "c"),
@@ -557,13 +561,13 @@ def test_turns_that_cannot_be_continued(template: str, messages: list[dict[str, 
 def test_what_a_template_makes_of_a_content_is_text_too() -> None:
     template = "{{ messages[0].content | lower }}<eos>{{ messages[1].content | replace('X', '') }}"
     tokenizer = Tokenizer(Tokenizer.bytes().backend, bos="<bos>", eos="<eos>", chat_template=template)
-    assert tokenizer.encode_chat(turns("<EOS>", "<eXos>")) == [*tokenizer.encode("<eos>"), 257, *b"<eos>"]
+    assert tokenizer.encode_chat(turns("<EOS>", "<eXos>")) == [*b"<eos>", 257, *b"<eos>"]
 
 
 def test_templates_may_use_python_methods_and_leave_out_bos() -> None:
     template = "{{ messages[0].content.strip().split(' ')[0] }}{{ '<' | tojson }}"
     tokenizer = Tokenizer(Tokenizer.bytes().backend, bos="<bos>", eos="<eos>", chat_template=template)
-    assert tokenizer.encode_chat(turns(" Hi there")) == tokenizer.encode('Hi"<"')
+    assert tokenizer.encode_chat(turns(" Hi there")) == list(b'Hi"<"')
 
 
 # The command
