@@ -55,8 +55,8 @@ def check_characters(text: str, what: str) -> None:
 
 
 @contextmanager
-def library_errors(what: str) -> Iterator[None]:
-    """Turn what `tokenizers` raises into an error that begins with `what`.
+def library_errors(what: str, mend: str = "use another copy of its files") -> Iterator[None]:
+    """Turn what `tokenizers` raises into an error that begins with `what` and ends with `mend`.
 
     It raises no narrower class than Exception, and where its Rust panics, one that is not even an Exception.
     """
@@ -65,7 +65,7 @@ def library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise GriffinError(f"{what} ({error}); use another copy of its files") from error
+        raise GriffinError(f"{what} ({error}); {mend}") from error
 
 
 def byte_letters() -> list[str]:
