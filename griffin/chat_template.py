@@ -71,7 +71,7 @@ class ChatTemplate:
         """
         taken = checked(messages)
         mark = self._unused_mark(taken)
-        text, marked = self._render((taken, add_generation_prompt), (_marked(taken, mark), add_generation_prompt))
+        text, marked = self._render([], (taken, add_generation_prompt), (_marked(taken, mark), add_generation_prompt))
         return Rendered(text, _spans(text, marked, mark), [message["content"] for message in taken])
 
     def turn(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> Rendered:
@@ -98,9 +98,9 @@ class ChatTemplate:
         last -= first - kept
         mark = self._unused_mark(taken)
         sentinel = mark + "\ufdd4"
-        replaced = [*taken[:last], {"role": "assistant", "content": sentinel}, *taken[last + 1 :]]
+        turn = [{"role": "assistant", "content": sentinel}, *taken[last + 1 :]]
         text, marked, past = self._render(
-            (replaced, add_generation_prompt), (_marked(replaced, mark), add_generation_prompt), (taken[:last], True)
+            taken[:last], (turn, add_generation_prompt), (_marked(turn, mark), add_generation_prompt), ([], True)
         )
         if (count := text.count(sentinel)) != 1:
             raise GriffinError(
@@ -121,13 +121,11 @@ class ChatTemplate:
             [message["content"] for message in taken[last + 1 :]],
         )
 
-    def _render(self, *chats: tuple[list[Message], bool]) -> list[str]:
-        """Render each (messages, whether to end where the answer begins), with the variables Hugging Face gives."""
+    def _render(self, past: list[Message], *chats: tuple[list[Message], bool]) -> list[str]:
+        """Render each (messages behind the past, whether to end where the answer begins) as Hugging Face does."""
         common = {**self._specials, "tools": None, "documents": None}
-        return self._process.render(
-            self._plain,
-            [{**common, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in chats],
-        )
+        variables = [{**common, "messages": messages, "add_generation_prompt": prompt} for messages, prompt in chats]
+        return self._process.render(self._plain, variables, past)
 
     def _unused_mark(self, messages: Sequence[Message]) -> str:
         """Return a short string that neither the template nor the messages contain."""

@@ -6,8 +6,9 @@ this process that is lost then: `griffin.template_process` starts it, keeps it, 
 of griffin, so that it is there in 30 ms.
 
 Usage: python -I -S template_child.py FOLDER, where minijinja is in FOLDER. Each line of stdin is a request,
-{"template": text, "chats": [variables, ...]}, and each line of stdout its answer: {"texts": [text, ...]}, or
-{"refused": message} where the template itself raised it, or {"failed": message}.
+{"template": text, "past": messages, "chats": [variables, ...]}, and each line of stdout its answer:
+{"texts": [text, ...]}, or {"refused": message} where the template itself raised it, or {"failed": message}. The
+messages of each chat follow on those of the past.
 """
 
 from __future__ import annotations
@@ -89,7 +90,11 @@ def answer(line: bytes, compiled: dict[str, Any]) -> bytes:
             compiled.clear()
             compiled[template] = environment(template)
         compiled[template].add_global("strftime_now", datetime.now().strftime)  # one time for all texts
-        texts = [compiled[template].render_template("chat", **variables) for variables in request["chats"]]
+        texts = []
+        for variables in request["chats"]:
+            messages = [*request["past"], *variables.get("messages", ())]
+            messages = [dict(message) for message in messages]  # a template can change them
+            texts.append(compiled[template].render_template("chat", **{**variables, "messages": messages}))
         reply = json.dumps({"texts": texts}).encode()
         fixed, each = MOST_OUTPUT
         if len(reply) <= fixed + each * len(line):

@@ -37,14 +37,21 @@ class TemplateProcess:
     def __reduce__(self) -> tuple[type[TemplateProcess], tuple[()]]:
         return TemplateProcess, ()
 
-    def render(self, template: str, chats: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Render `template` once for each of `chats`, its variables (anything that JSON can hold).
+    def render(
+        self, template: str, chats: Sequence[Mapping[str, Any]], past: Sequence[Mapping[str, str]] = ()
+    ) -> list[str]:
+        """Render a template several times.
+
+        Args:
+            template: the template.
+            chats: its variables for each time: "messages", and anything that JSON can hold.
+            past: messages that come before those of each of `chats`.
 
         Raises:
             GriffinError: the template is broken, raises an error, crashes, or needs more than 5 s of CPU time, 1 GiB
                 of memory or ten times the output that its input accounts for.
         """
-        request = json.dumps({"template": template, "chats": chats}).encode() + b"\n"
+        request = json.dumps({"template": template, "past": past, "chats": chats}).encode() + b"\n"
         if self._owner != os.getpid():  # a fork: process, pipes and perhaps a held lock are the parent's
             self.__init__()  # type: ignore[misc]
         with self._lock:

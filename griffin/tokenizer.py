@@ -108,6 +108,11 @@ class Tokenizer:
         return max(self._text) + 1
 
     @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._specials.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
+
+    @cached_property
     def _text(self) -> TextTable:
         added = self.backend.get_added_tokens_decoder()
         text = {index: self._to_bytes(piece, index in added) for piece, index in self.backend.get_vocab().items()}
@@ -318,8 +323,7 @@ class Tokenizer:
                     f"a message contains {token!r}, and this chat template rewrites contents, so that it could become "
                     "a control token; remove it from the message"
                 )
-        pattern = "|".join(re.escape(token) for token in sorted(self._specials.values(), key=len, reverse=True))
-        found = [match.span() for match in re.finditer(pattern, text)] if pattern else []
+        found = [match.span() for match in self._special_pattern.finditer(text)]
         if not any(start < high and low < end for low, high in found for start, end in spans):
             return self._ids(text, special=True)
         ids: list[int] = []

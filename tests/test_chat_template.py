@@ -191,7 +191,8 @@ def test_copies_and_forks_have_processes_of_their_own(process: TemplateProcess) 
         "if os.fork() == 0:\n    print(p.render('{{ x }}', [{'x': 1}]), flush=True)\n    raise SystemExit\n"
         "os.wait()\np._lock.release()\nprint(p.render('{{ x }}', [{'x': 2}]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    # Newer Pythons warn of forks beside threads.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("['1']\n['2']\n", "")
 
 
@@ -228,10 +229,13 @@ def test_the_process_imports_nothing_of_ours() -> None:
 
 # Turns
 
+# `.strip()` in a template does not take these four for blanks, as Python does; `| trim` does.
+TEXT = st.characters(codec="utf-8", exclude_characters="\x1c\x1d\x1e\x1f")
+
 
 @pytest.mark.parametrize("name", LOCAL)
 @settings(deadline=None, max_examples=30)
-@given(contents=st.lists(st.text(max_size=8), min_size=1, max_size=13))
+@given(contents=st.lists(st.text(TEXT, max_size=8), min_size=1, max_size=13))
 def test_a_turn_of_a_local_template_is_the_end_of_the_whole(name: str, contents: list[str]) -> None:
     messages = turns(*contents, *(["last"] if len(contents) % 2 == 0 else []))
     template, full = ChatTemplate(LOCAL[name], BOS), ChatTemplate(LOCAL[name], BOS)
@@ -302,9 +306,9 @@ def test_a_turn_costs_the_same_however_long_the_past(name: str, monkeypatch: pyt
     sizes: list[int] = []
     render = TemplateProcess.render
 
-    def counting(self: TemplateProcess, source: str, chats: Sequence[Mapping[str, Any]]) -> list[str]:
-        sizes.append(len(json.dumps(chats)))
-        return render(self, source, chats)
+    def counting(self: TemplateProcess, source: str, *messages: Any) -> list[str]:
+        sizes.append(len(json.dumps(messages)))
+        return render(self, source, *messages)
 
     monkeypatch.setattr(TemplateProcess, "render", counting)
     texts = {template.turn(turns(*["a question", "an answer"] * length, "?"), True).text for length in (3, 10, 1000)}
