@@ -65,7 +65,8 @@ def library_errors(what: str, mend: str = "use another copy of its files") -> It
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise GriffinError(f"{what} ({error}); {mend}") from error
+        said = " ".join(str(error).split())[:300]  # it can repeat a whole file
+        raise GriffinError(f"{what} ({said}); {mend}") from error
 
 
 def byte_letters() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from reprlib import repr as brief  # a file can hold anything
 from typing import Any
 
 import tokenizers
@@ -69,13 +70,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 defaults[name] = next((token for token in usual if token in specials), None)
     named_ids = config.get("added_tokens_decoder") or {}
     if not isinstance(named_ids, dict):
-        raise GriffinError(f"{beside}/tokenizer_config.json: added_tokens_decoder is {named_ids!r}, not an object")
+        raise GriffinError(f"{beside}/tokenizer_config.json: added_tokens_decoder is {brief(named_ids)}, not an object")
     for index, written in named_ids.items():
-        content = _token_text(f"{beside}/tokenizer_config.json: added_tokens_decoder[{index}]", written)
+        content = _token_text(f"{beside}/tokenizer_config.json: added_tokens_decoder[{brief(index)}]", written)
         found_at = None if content is None else backend.token_to_id(content)
         if found_at is None or str(found_at) != index:
             raise GriffinError(
-                f"{beside}/tokenizer_config.json says id {index} is {content!r}, but {file.name} has it at "
+                f"{beside}/tokenizer_config.json says id {index[:20]} is {brief(content)}, but {file.name} has it at "
                 f"{found_at}; open and save the folder once with transformers"
             )
 
@@ -86,11 +87,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         source, entry = next(named, (file.name, default))
         token = tokens[name] = _token_text(f"{file.parent / source}: {name}", entry)
         if token is not None and backend.token_to_id(token) is None:
-            raise GriffinError(f"{file.parent / source}: {name} {token!r} is not in the vocabulary of {file.name}")
+            raise GriffinError(f"{file.parent / source}: {name} {brief(token)} is not in the vocabulary of {file.name}")
     add_bos, add_eos = (config.get(name) for name in ("add_bos_token", "add_eos_token"))
     if not all(value in (None, True, False) for value in (add_bos, add_eos)):
         raise GriffinError(
-            f"{beside}/tokenizer_config.json: add_bos_token is {add_bos!r}, add_eos_token {add_eos!r}; "
+            f"{beside}/tokenizer_config.json: add_bos_token is {brief(add_bos)}, add_eos_token {brief(add_eos)}; "
             "each must be true or false"
         )
     if add_bos is None or add_eos is None:
@@ -163,9 +164,9 @@ def _adds(file: Path, backend: tokenizers.Tokenizer, tokens: dict[str, str | Non
     bos, eos = ([] if tokens[name] is None else [tokens[name]] for name in ("bos_token", "eos_token"))
     if begin not in ([], bos) or end not in ([], eos):
         raise GriffinError(
-            f"{file} puts {begin} before and {end} behind every text, and bos_token is {tokens['bos_token']!r}, "
-            f"eos_token {tokens['eos_token']!r}; only these can stand there: set add_bos_token and add_eos_token in "
-            "tokenizer_config.json to true or false"
+            f"{file} puts {brief(begin)} before and {brief(end)} behind every text, and bos_token is "
+            f"{brief(tokens['bos_token'])}, eos_token {brief(tokens['eos_token'])}; only these can stand there: "
+            "set add_bos_token and add_eos_token in tokenizer_config.json to true or false"
         )
     return bool(begin), bool(end)
 
@@ -195,7 +196,7 @@ def _token_text(where: str, entry: object) -> str | None:
     """A token as its files write it: a string, {"content": string} or null."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None and not isinstance(text, str):
-        raise GriffinError(f"{where} is {text!r}, not a string")
+        raise GriffinError(f"{where} is {brief(text)}, not a string")
     return text
 
 
@@ -227,6 +228,6 @@ def _stop_ids(folder: Path | None) -> list[int]:
     ids = [] if entry is None else entry if isinstance(entry, list) else [entry]
     if not all(type(index) is int for index in ids):
         raise GriffinError(
-            f"{folder}/generation_config.json: eos_token_id is {entry!r}, not a number or a list of them"
+            f"{folder}/generation_config.json: eos_token_id is {brief(entry)}, not a number or a list of them"
         )
     return ids

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from griffin.errors import GriffinError
 from griffin.tokenizer import Tokenizer
 from griffin.tokenizer_files import load_tokenizer
+from tests.fuzz import attack
 from tests.test_tokenizer import SENTENCES, sentencepiece_model
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -187,6 +188,27 @@ def test_token_ids_that_are_no_table_are_named(tmp_path: Path, named: str) -> No
     (tmp_path / "tokenizer_config.json").write_text(f'{{"added_tokens_decoder": {named}}}')
     with pytest.raises(GriffinError, match=r"added_tokens_decoder is .*, not an object"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", ["tokenizer.json", "tokenizer.model", "settings"])
+def test_damaged_files_are_read_or_refused_in_a_line(tmp_path: Path, spoilt: str) -> None:
+    if spoilt == "tokenizer.model":
+        sentencepiece_model(tmp_path / spoilt)
+    else:
+        Tokenizer.train(["hello world " * 50], 300, chat_template=CHATML).save(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<eos>"}}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+
+    def read() -> None:
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.decode(tokenizer.encode("hello <eos> é"))
+        tokenizer.encode_batch(["a", "b"])
+        tokenizer.fingerprint()
+        if tokenizer.chat_template is not None:
+            tokenizer.encode_chat(MESSAGES)
+
+    files = tmp_path.glob("*_*.json") if spoilt == "settings" else [tmp_path / spoilt]
+    attack(files, read, lambda _: True, seconds=1.0)  # what another letter in a vocabulary means, nobody can tell
 
 
 def field(number: int, value: bytes | int) -> bytes:
