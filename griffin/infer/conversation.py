@@ -66,7 +66,8 @@ class Conversation:
         if self.has_template:
             turn = self.tokenizer.encode_chat_turn([*self.messages, message])
         else:
-            turn = self.tokenizer.encode(text, bos=not self.tokens_read)
+            begin = () if self.tokens_read else self.tokenizer.begin_ids
+            turn = [*begin, *self.tokenizer.encode(text, bos=False)]  # it is to go on, so no EOS
         if not (prompt := [*self.unread, *turn]):
             raise GriffinError("the text is empty and the last answer is complete; say something")
         return self._reply(message, start(self.model, self.tokenizer, [prompt], self.state, **options))

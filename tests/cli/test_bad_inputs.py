@@ -78,6 +78,20 @@ CASES: list[tuple[str, Make, list[str], str]] = [
     ("unknown option", nothing, [*GENERATE, "--hotness", "3"], "--hotness"),
     ("unknown command", nothing, ["trian", "x"], "trian"),
     ("no chat template", nothing, ["generate", "model", "Hi", "--chat"], "no chat template"),
+    (
+        "a chat template that never ends",
+        write(
+            "model/chat_template.jinja", b"{% for a in range(9999) %}{% for b in range(9999) %}" + b"{% endfor %}" * 2
+        ),
+        ["generate", "model", "Hi", "--chat"],
+        "fuel",
+    ),
+    (
+        "a chat template that crashes",
+        write("model/chat_template.jinja", b"{% set n = namespace() %}{% set n.a = n %}{{ n }}"),
+        ["generate", "model", "Hi", "--chat"],
+        "crashed",
+    ),
     ("a conversation of nowhere", nothing, ["chat", "model", "--load", "none.safetensors"], "none.safetensors"),
     (
         "a conversation that is text",
