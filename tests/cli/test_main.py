@@ -10,7 +10,8 @@ import griffin
 from griffin import GriffinError
 from griffin.cli import generate as command
 from griffin.cli import main as module
-from griffin.cli.main import COMMANDS, run
+from griffin.cli.app import COMMANDS
+from griffin.cli.main import run
 
 
 def test_help_and_errors_do_not_wait_for_torch() -> None:
