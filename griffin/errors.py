@@ -7,6 +7,8 @@ import re
 # What a terminal obeys instead of showing: C0, DEL, C1, and what reverses the direction of the text around it.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+_MOST = 2000  # characters of a message: it may hold a value that somebody gave
+
 
 class GriffinError(ValueError):
     """Something the caller can put right: the message names the thing, the numbers and the next step.
@@ -25,9 +27,10 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, printable and without line breaks; its name, where it says nothing."""
+    """What an error says, printable, without line breaks and cut at 2,000 characters; its name, if it says nothing."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     else:
         text = str(error)
-    return printable(" ".join(text.split())) or type(error).__name__
+    text = printable(" ".join(text.split()))
+    return (text if len(text) <= _MOST else f"{text[:_MOST]}…") or type(error).__name__

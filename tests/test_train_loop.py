@@ -405,6 +405,10 @@ def test_going_on_from_a_model_takes_its_config_and_tokenizer(tmp_path: Path, co
     assert a.config == b.config
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    other = replace(again, model=replace(a.config, window=3), tokenizer="bytes")
+    with pytest.raises(GriffinError, match="is of another config than model="):
+        run(other, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
     shutil.rmtree(start)
     assert run(again, tmp_path / "second", resume=True)[0].finished
 

@@ -95,9 +95,11 @@ def train(
         check_threads(config.threads)
     # Once there is a checkpoint, the model that the run began with is not needed any more.
     start = newest if newest is not None or config.init_from is None else checkpoint.resolve(config.init_from)
-    if config.model is None:
-        assert start is not None  # TrainConfig sees to it
-        config = replace(config, model=checkpoint.read_config(start))
+    if start is not None and (config.model is None or newest is None):
+        stored = checkpoint.read_config(start)
+        if config.model not in (None, stored):
+            raise GriffinError(f"{config.init_from} is of another config than model=; leave model=None to take its own")
+        config = replace(config, model=stored)
     _check_memory(config, device)
     before = None if newest is None else check_snapshot(newest, config)
     if before is not None and before.step > config.steps:
@@ -347,8 +349,6 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
             model, device=device, activation_dtype=activations, generator=generator, recompute=config.recompute
         )
     loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
-    if loaded.config != model:
-        raise GriffinError(f"{init_from} is of another config than model=; leave model=None to take its own")
     loaded.activation_dtype, loaded.recompute = activations, config.recompute
     return loaded
 
