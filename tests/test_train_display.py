@@ -108,6 +108,7 @@ def test_a_run_shows_what_its_terminal_has_not(tmp_path: Path, config: TrainConf
     console = Console(file=io.TextIOWrapper(data, encoding=encoding), width=80)
     assert train(config, tmp_path / "run", sampler=sampler, console=console).finished
     console.file.flush()
+    assert b"the loss curve needs a UTF-8 terminal" in data.getvalue()
     assert b"text \\ufffd and \\x1b]0;title\\x07" in data.getvalue()  # nor does a sample drive the terminal
 
 

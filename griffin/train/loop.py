@@ -160,7 +160,7 @@ class _Run:
         )
         self.progress = Progress()
         self.display = Display(console, config.steps)
-        self.width = console.width
+        self.width, self.encoding = console.width, console.encoding
         self.bits_per_byte: float | None = None
 
     def go(self) -> Result:
@@ -307,6 +307,9 @@ class _Run:
         self.display.say(f"\n--- a sample {when} ---\n{text}\n---\n")
 
     def _curve(self) -> None:
+        if not self.encoding.startswith("utf"):
+            self.display.say(f"the loss curve needs a UTF-8 terminal; its numbers are in {self.run / METRICS}")
+            return
         try:
             text = curve(read_metrics(self.run / METRICS), self.width)
         except Exception as error:  # of a library that draws
