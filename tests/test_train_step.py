@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from griffin import PRESETS, Griffin, Tokenizer
 from griffin.data.packing import NOT_COUNTED, Batch, pack
 from griffin.data.shards import Shard, open_shard, write_shard
+from griffin.errors import GriffinError
 from griffin.loss import cross_entropy
 from griffin.train.config import TrainConfig
 from griffin.train.optim import make_optimizer, set_learning_rate
@@ -170,3 +171,10 @@ def test_gradients_left_behind_are_no_part_of_the_step(make_model: Callable[...,
         assert all(parameter.grad is None for parameter in model.parameters())
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_validation_text_with_nothing_to_predict_is_refused_by_name(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, [1] * 8)
+    how = {"num_rows": 2, "row_tokens": 4, "batch_rows": 1, "device": torch.device("cpu")}
+    with pytest.raises(GriffinError, match="the text to validate on has nothing to predict"):
+        Validation.of(shard, Tokenizer.bytes(), **how)  # type: ignore[arg-type]
