@@ -10,6 +10,7 @@ import typer
 
 from griffin.cli.waiting import Waiting
 from griffin.config import EmbeddingScale
+from griffin.errors import printable
 
 
 def convert(
@@ -71,5 +72,5 @@ def convert(
     finally:
         waiting.stop()
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
     typer.echo(f"Next: griffin generate {shlex.quote(str(destination))} 'Once upon a time'")

@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
         return _interrupted()
 
     def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"griffin: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)  # noqa: T201
+        _say(f"griffin: warning: {printable(' '.join(str(message).split()))}\n")
 
     settings: dict[str, bool] = {}
     try:
@@ -58,15 +58,15 @@ def run(arguments: list[str]) -> int:
         return 1
     except BaseException as error:  # a panic of a library is no Exception
         if type(error).__name__ == "NoArgsIsHelpError":
-            print(str(error), end="\n" if str(error) else "", file=sys.stderr)  # noqa: T201
+            _say(f"{error}\n" if str(error) else "")
             return 2
         text = explain(error)
         if settings.get("traceback") and isinstance(error, Exception):
-            print(printable(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
+            _say(printable(traceback.format_exc()))
             return 2
         if text is None:
             raise
-        print(f"griffin: error: {text}", file=sys.stderr)  # noqa: T201
+        _say(f"griffin: error: {text}\n")
         _forget_output()
         return 2
 
@@ -80,5 +80,14 @@ def _forget_output() -> None:
 
 
 def _interrupted() -> int:
-    print("griffin: interrupted", file=sys.stderr)  # noqa: T201
+    _say("griffin: interrupted\n")
     return INTERRUPTED
+
+
+def _say(text: str) -> None:
+    """Write to stderr. If nobody takes that, the exit status is what is left to say it."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

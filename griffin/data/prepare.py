@@ -68,7 +68,7 @@ def prepare(
     """
     cache = Path(cache)
     if is_shard(source):
-        return _expected(_open_shards(Path(source), validation, tokenizer), expected, source)
+        return _open_shards(Path(source), validation, tokenizer)
     files = text_files(source)
     held_out = None if validation is None else text_files(validation)
     request = {
@@ -80,26 +80,22 @@ def prepare(
     if not _is_cached(cache, request):
         with whole_folder(cache) as folder:
             _write(folder, files, held_out, tokenizer, report)
-            if expected is not None:
-                _expected(_open(folder), expected, source)
+            parts = folder / "tokenizer", folder / "train", folder / "validation"
+            _expect(Data(load_tokenizer(parts[0]), *map(open_shard, parts[1:])), expected, source)
             (folder / "sources.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
-    data = _expected(_open(cache), expected, source)
+    data = Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
+    _expect(data, expected, source)
     data.train.verify()
     data.validation.verify()
     return data
 
 
-def _open(cache: Path) -> Data:
-    return Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
-
-
-def _expected(data: Data, fingerprint: str | None, source: str | Path) -> Data:
+def _expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
     if fingerprint is not None and data.fingerprint() != fingerprint:
         raise GriffinError(
             f"{source}: the run was trained on other data ({fingerprint[:12]}, now {data.fingerprint()[:12]}): "
             "bring the text back as it was, or begin anew in another folder"
         )
-    return data
 
 
 def _write(folder: Path, files: list[Path], held_out: list[Path] | None, spec: str, report: Report) -> None:

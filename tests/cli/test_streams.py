@@ -90,6 +90,16 @@ def test_closed_streams_are_said_in_one_line(chat_folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_readers_that_leave_change_no_status() -> None:
+    """stdout: quietly 1. stderr: the status of the error itself, which has nobody else to tell."""
+    done = griffin_command("--help", "| true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")  # 0 where `true` had not yet left
+    done = griffin_command("nothing", "2>&1 >/dev/null | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (2, "")
+    done = griffin_command("--help", "> /dev/full")
+    assert (done.returncode, done.stderr) == (2, "griffin: error: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("module", ["griffin.cli.app", "typer", "traceback", "griffin.cli.failure"])
 def test_an_early_ctrl_c_says_nothing_but_that(module: str) -> None:
     """A signal while the command line itself is being imported."""
