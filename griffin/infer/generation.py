@@ -104,7 +104,8 @@ class Row:
             return self.piece((), self._end(), "stop")
         self.tokens.append(token)
         self.last_read = False
-        self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+        if self.keep_logprobs:
+            self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
         text = self.gate.push(self.stream.push(token))
         if self.gate.stopped:
             return self.piece((token,), text, "stop")

@@ -52,9 +52,9 @@ def _count_writes(optimizer: torch.optim.Optimizer, args: object, kwargs: object
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Give the rate of a step, counted from 0: a straight line up to the peak, then half a cosine down.
 
-    Step warmup_steps has the peak; the last step has min_learning_rate times it.
+    Step `config.warmup` has the peak; the last step has min_learning_rate times it.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, config.warmup
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, config.steps - 1 - warmup)

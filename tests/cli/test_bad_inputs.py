@@ -75,6 +75,7 @@ CASES: list[tuple[str, Make, list[str], str]] = [
     ("no prompt", nothing, ["generate", "model"], ""),
     ("negative temperature", nothing, [*GENERATE, "--temperature", "-1"], "temperature"),
     ("top-p above one", nothing, [*GENERATE, "--top-p", "1.5"], "top_p"),
+    ("no such device", nothing, [*GENERATE, "--device", "mps"], "there are auto, cpu"),
     ("unknown option", nothing, [*GENERATE, "--hotness", "3"], "--hotness"),
     ("unknown command", nothing, ["trian", "x"], "trian"),
     ("no chat template", nothing, ["generate", "model", "Hi", "--chat"], "no chat template"),
