@@ -1,6 +1,7 @@
 """Model folders: config.json, model.safetensors (sharded when large), the tokenizer, generation_config.json.
 
-A folder is Hugging Face's; released RecurrentGemma folders load as they are. Only safetensors and JSON are read.
+A folder is Hugging Face's; released RecurrentGemma folders load as they are. Only safetensors and JSON are read. What
+is written here has a SHA256SUMS beside it, and is read only as it was written.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from griffin.checksums import SUMS, verify, verifying, write_sums
 from griffin.config import GriffinConfig
 from griffin.config_json import config_from_json, config_to_json
 from griffin.errors import GriffinError
@@ -22,16 +24,41 @@ from griffin.files import save_tensors, whole_folder
 from griffin.model import Griffin
 from griffin.quantize import Quantization, quantization, quantized_names, read_quantization
 from griffin.quantize import quantize as quantize_model
+from griffin.reading import open_tensors, read_json
 from griffin.tokenizer import Tokenizer
 from griffin.tokenizer_files import load_tokenizer as _load_tokenizer
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _SHARD_BYTES = 4 * 2**30
 _SLAB_BYTES = 64 * 2**20  # read and converted at a time
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, FINAL_NORM = "model.embed_tokens.weight", "model.final_norm.weight"
 TIED = "lm_head.weight"  # some released folders hold the embedding twice
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _Meta = tuple[torch.Size, torch.dtype]
+# All that `save` writes: what may be replaced when a model is.
+_OURS = re.compile(
+    rf"{CONFIG}|{GENERATION}|{SUMS}|model(-\d{{5}}-of-\d{{5}})?\.safetensors|{INDEX}|tokenizer(_config)?\.json"
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What config.json and the weights' headers say, which fit each other. No weight has been read."""
+
+    folder: Path
+    model: Griffin  # on the meta device: shapes without memory, quantised as the weights are
+    form: Quantization | None  # of the stored weights
+    files: Mapping[Path, Mapping[str, _Meta]]  # name -> shape and dtype, by file
+
+    @property
+    def stored(self) -> dict[str, _Meta]:
+        return {name: meta for metas in self.files.values() for name, meta in metas.items()}
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The embedding's, or the final norm's where the embedding is quantised."""
+        return self.stored[EMBEDDING if self.form is None else FINAL_NORM][1]
 
 
 def load(
@@ -58,24 +85,54 @@ def load(
     Raises:
         GriffinError: the folder is not there or not a model, or a file is missing, damaged or does not fit the config.
     """
-    folder = resolve(path_or_hub_id)
-    config = read_config(folder)
     if dtype is not None and dtype not in _FLOATS:
         raise GriffinError(f"dtype={dtype} is not one of {', '.join(str(known) for known in _FLOATS)}")
-    stored_form = read_quantization(read_json(folder / "config.json"), str(folder / "config.json"))
-    form = Quantization.named(quantize) if isinstance(quantize, str) else quantize or stored_form
-    if stored_form is not None and quantize is not None:
-        raise GriffinError(f"{folder} is {stored_form.name} already; quantise the original")
+    contents = inspect(path_or_hub_id)
+    if contents.form is not None and quantize is not None:
+        raise GriffinError(f"{contents.folder} is {contents.form.name} already; quantise the original")
+    form = Quantization.named(quantize) if isinstance(quantize, str) else quantize
+    names = [CONFIG, INDEX, *(file.name for file in contents.files)]
+    with verifying(contents.folder, names):
+        return _read(contents, device, dtype, form, progress)
+
+
+def inspect(path_or_hub_id: str | Path) -> Contents:
+    """Read what a model folder says it holds: enough to refuse, before any weight is read, what `load` would refuse.
+
+    Raises:
+        GriffinError: as `load`, but for damage within the weights.
+    """
+    folder = resolve(path_or_hub_id)
+    file = folder / CONFIG
+    data = read_json(file)
+    config, form = config_from_json(data, str(file)), read_quantization(data, str(file))
+    files = {file: _describe(file, names) for file, names in weight_files(folder).items()}
+    shapes = {name: shape for metas in files.values() for name, (shape, _) in metas.items()}
+    _check_depth(folder, config, shapes)
     model = Griffin(config, device="meta")
-    on_the_way = quantized_names(model) if form is not None and stored_form is None else {}
     if form is not None:
         quantize_model(model, form)
     parameters = dict(model.named_parameters())
-    expected = {name: p.shape for name, p in parameters.items() if _original(name) not in on_the_way} | on_the_way
-    files = {file: _describe(file, names) for file, names in weight_files(folder).items()}
-    stored = {name: meta for metas in files.values() for name, meta in metas.items()}
-    _check_names(folder, expected, {name: shape for name, (shape, _) in stored.items() if name != TIED})
-    _check_kinds(folder, {name: kind for name, (_, kind) in stored.items()}, parameters)
+    tied = shapes.pop(TIED, None)
+    _check_names(folder, {name: parameter.shape for name, parameter in parameters.items()}, shapes)
+    _check_kinds({name: (file, kind) for file, metas in files.items() for name, (_, kind) in metas.items()}, parameters)
+    if tied is not None and tied != shapes.get(EMBEDDING):
+        raise GriffinError(f"{folder}: {TIED} is {tuple(tied)}, which the embedding is not")
+    return Contents(folder, model, form, files)
+
+
+def _read(
+    contents: Contents,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    form: Quantization | None,
+    progress: Callable[[int, int], None] | None,
+) -> Griffin:
+    """Read the weights into the model, quantised to `form` on the way."""
+    model, files, stored = contents.model, contents.files, contents.stored
+    on_the_way = quantized_names(model) if form is not None else {}
+    if form is not None:
+        quantize_model(model, form)
     total = sum(shape.numel() * kind.itemsize for shape, kind in stored.values())
     tensors: dict[str, Tensor] = {}
     for name, (shape, kind) in stored.items():
@@ -89,7 +146,10 @@ def load(
         for name, rows, slab in _slabs(file, {name: meta for name, meta in metas.items() if name != TIED}):
             if name in on_the_way and form is not None:
                 slab_as_loaded = slab.to(dtype or slab.dtype)
-                form.fill(tensors[f"{name}_q"], tensors[f"{name}_scale"], slab_as_loaded, rows.start)
+                try:
+                    form.fill(tensors[f"{name}_q"], tensors[f"{name}_scale"], slab_as_loaded, rows.start)
+                except ValueError as error:
+                    raise GriffinError(f"{file}: {name}: {error}") from error
             else:
                 tensors[name][rows] = slab.to(tensors[name].dtype)
             done += slab.nbytes
@@ -98,11 +158,12 @@ def load(
     for file, metas in files.items():
         if TIED in metas:
             _check_tied(file, metas[TIED], stored[EMBEDDING], next(f for f, m in files.items() if EMBEDDING in m))
-    for name, parameter in parameters.items():
+    for name, parameter in dict(model.named_parameters()).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensors.pop(name), parameter.requires_grad))
-    kind = stored[EMBEDDING if EMBEDDING in stored else "model.final_norm.weight"][1]
-    model.activation_dtype = dtype or kind
+    kind = dtype or contents.activation_dtype
+    if model.activation_dtype != kind:  # else it stays None, and follows the parameters
+        model.activation_dtype = kind
     return model.eval()
 
 
@@ -116,8 +177,9 @@ def save(model: Griffin, path: str | Path, tokenizer: Tokenizer | None = None, *
         overwrite: replace a model folder that is already there.
 
     Raises:
-        GriffinError: the folder exists and overwrite is False, or holds something that is not a model.
+        GriffinError: the folder exists and overwrite is False, or holds something that is not a model's.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps, and names after itself
     form = quantization(model)
     write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite, form=form)
 
@@ -128,7 +190,12 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
     Raises:
         GriffinError: there is none, or it is damaged.
     """
-    return _load_tokenizer(resolve(path_or_hub_id))
+    folder = resolve(path_or_hub_id)
+    tokenizer = _load_tokenizer(folder)
+    verify(
+        folder, [path.name for path in sorted(folder.iterdir()) if re.match(r"tokenizer|generation|chat_t", path.name)]
+    )
+    return tokenizer
 
 
 def write_folder(
@@ -144,15 +211,25 @@ def write_folder(
     check_place(path, overwrite=overwrite)
     with whole_folder(path) as folder:
         write_files(folder, config, tensors, tokenizer, form)
+        write_sums(folder)
 
 
 def check_place(path: Path, *, overwrite: bool) -> None:
     """Raise GriffinError unless a model folder may be written at `path`: worth asking before hours of work."""
-    if path.exists():
-        if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
-            raise GriffinError(f"{path} exists and is not a model folder; choose another place")
-        if not overwrite and any(path.iterdir()):
-            raise GriffinError(f"{path} already holds a model; choose another place, or say to overwrite it")
+    if not path.exists():
+        return
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None
+    if names == []:
+        return
+    if names is None or CONFIG not in names or not {WEIGHTS, INDEX}.intersection(names):
+        raise GriffinError(f"{path} exists and is not a model folder; choose another place")
+    if not overwrite:
+        raise GriffinError(f"{path} already holds a model; choose another place, or say to overwrite it")
+    if others := [name for name in names if not _OURS.fullmatch(name) or not (path / name).is_file()]:
+        raise GriffinError(
+            f"{path} also holds {_some(others)}, which replacing the model would delete; "
+            "move that away, or choose another place"
+        )
 
 
 def write_files(
@@ -164,18 +241,18 @@ def write_files(
 ) -> None:
     """Write a model's files into a folder that exists (inside `whole_folder`, so that no one sees a part)."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    stored = tensors[EMBEDDING if form is None else "model.final_norm.weight"].dtype
+    stored = tensors[EMBEDDING if form is None else FINAL_NORM].dtype
     data = config_to_json(
         config,
         dtype=str(stored).removeprefix("torch."),
         special_ids=special,
         quantization=None if form is None else form.to_json(),
     )
-    _write_json(folder / "config.json", data)
+    _write_json(folder / CONFIG, data)
     if tokenizer is not None:
         tokenizer.save(folder)
         stops = {"eos_token_id": list(tokenizer.stop_ids) or None}
-        _write_json(folder / "generation_config.json", special | stops)
+        _write_json(folder / GENERATION, special | stops)
     shards = _shards(tensors)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
@@ -190,25 +267,7 @@ def write_files(
 
 def read_config(folder: Path) -> GriffinConfig:
     """Read config.json of a model folder."""
-    file = folder / "config.json"
-    return config_from_json(read_json(file), str(file))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        GriffinError: the file is missing or is not a JSON object.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GriffinError(f"{file} does not exist; a model folder needs it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GriffinError(f"{file} is not JSON ({error}); it may be cut short, use another copy") from error
-    if not isinstance(data, dict):
-        raise GriffinError(f"{file} holds a {type(data).__name__}, not a JSON object")
-    return data
+    return config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -267,7 +326,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
 
 
 def _names(file: Path) -> list[str]:
-    with _open(file) as handle:
+    with open_tensors(file) as handle:
         return list(handle.keys())
 
 
@@ -275,7 +334,7 @@ def _describe(file: Path, names: list[str]) -> dict[str, _Meta]:
     kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     kinds |= {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights; _check_kinds sees where they stand
     metas: dict[str, _Meta] = {}
-    with _open(file) as handle:
+    with open_tensors(file) as handle:
         for name in names:
             view = handle.get_slice(name)
             if view.get_dtype() not in kinds:
@@ -289,7 +348,7 @@ def _slabs(file: Path, metas: Mapping[str, _Meta]) -> Iterator[tuple[str, slice,
 
     The file is mapped anew after every few slabs: pages that were read count as this process's memory while mapped.
     """
-    handle, mapped = _open(file), 0
+    handle, mapped = open_tensors(file), 0
     for name, (shape, kind) in metas.items():
         row_bytes = max(1, shape[1:].numel() * kind.itemsize)
         step = max(1, _SLAB_BYTES // row_bytes)
@@ -298,16 +357,16 @@ def _slabs(file: Path, metas: Mapping[str, _Meta]) -> Iterator[tuple[str, slice,
             yield name, rows, handle.get_slice(name)[rows]
             mapped += (rows.stop - rows.start) * row_bytes
             if mapped >= 2 * _SLAB_BYTES:
-                handle, mapped = _open(file), 0
+                handle, mapped = open_tensors(file), 0
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise GriffinError(f"{file} does not exist; the folder's index names it, download it again") from error
-    except (SafetensorError, OSError) as error:
-        raise GriffinError(f"{file} cannot be read ({error}); it may be cut short, use another copy") from error
+def _check_depth(folder: Path, config: GriffinConfig, names: Mapping[str, object]) -> None:
+    """Before a model is made, which takes a millisecond a layer."""
+    last = f"model.layers.{config.num_layers - 1}."
+    if not any(name.startswith(last) for name in names):
+        raise GriffinError(
+            f"{folder} lacks {last[:-1]}, the last of {config.num_layers}; config.json is of another model"
+        )
 
 
 def _check_names(folder: Path, expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Size]) -> None:
@@ -323,12 +382,12 @@ def _check_names(folder: Path, expected: Mapping[str, torch.Size], stored: Mappi
             raise GriffinError(f"{folder}: {name} is {tuple(stored[name])}, but config.json says {tuple(shape)}")
 
 
-def _check_kinds(folder: Path, kinds: Mapping[str, torch.dtype], parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    for name, kind in kinds.items():
+def _check_kinds(kinds: Mapping[str, tuple[Path, torch.dtype]], parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    for name, (file, kind) in kinds.items():
         own = name in parameters and _original(name) != name
         if kind != parameters[name].dtype if own else kind not in _FLOATS:
             needed = str(parameters[name].dtype) if own else "one of F32, BF16, F16"
-            raise GriffinError(f"{folder}: {name} is {kind}; it must be {needed}".replace("torch.", ""))
+            raise GriffinError(f"{file}: {name} is {kind}; it must be {needed}".replace("torch.", ""))
 
 
 def _original(name: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from reprlib import repr as brief  # what a file holds can be of any length, a message cannot
 from typing import Any
 
-from griffin.config import GriffinConfig
+from griffin.config import MOST_LAYERS, MOST_SIZE, GriffinConfig
 from griffin.errors import GriffinError
 
 # Architectures that transformers' RecurrentGemmaForCausalLM computes exactly get its model type; every other gets ours,
@@ -15,24 +16,43 @@ HF_MODEL_TYPE, OWN_MODEL_TYPE = "recurrent_gemma", "griffin"
 # How the weights are stored, {"bits": 8} or {"bits": 4, "group": 128}; griffin/quantize.py reads it.
 QUANTIZATION = "griffin_quantization"
 
-# Keys whose one value is built in.
+# Keys whose one value is built in, or is the one that changes nothing: any other would be another model, or text of
+# other tokens than we would choose.
 _FIXED: Mapping[str, object] = {
+    "add_cross_attention": False,
     "attention_bias": False,
     "attention_dropout": 0.0,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "cross_attention_hidden_size": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh",
     "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
     "rope_scaling": None,
+    "suppress_tokens": None,
+    "tie_encoder_decoder": False,
     "tie_word_embeddings": True,
 }
 # Keys that change no weight's shape and no logit of ours: special tokens (the tokenizer has them), initialisation of
-# another program, file provenance, and transformers' own switches.
+# another program, file provenance, transformers' own switches and, in dumps of its version 4, the settings of its
+# generate(), which ours takes as arguments.
 _WITHOUT_EFFECT = frozenset(
-    """_attn_implementation_autoset _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype
-    eos_token_id final_w_init_variance_scale id2label initializer_range label2id max_position_embeddings
-    output_attentions output_hidden_states pad_token_id problem_type return_dict torch_dtype torchscript
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache w_init_variance_scale""".split()  # noqa: SIM905
+    """_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation
+    auto_map bos_token_id cache_implementation chunk_size_feed_forward decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    final_w_init_variance_scale
+    finetuning_task gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length
+    max_position_embeddings min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id task_specific_params temperature
+    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache w_init_variance_scale""".split()  # noqa: SIM905
 )
+_ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
@@ -55,38 +75,49 @@ def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
     model_type = take("model_type", None)
     if model_type not in (HF_MODEL_TYPE, OWN_MODEL_TYPE):
         raise GriffinError(
-            f"{where} is of model type {model_type!r}; griffin reads {HF_MODEL_TYPE!r} and {OWN_MODEL_TYPE!r}"
+            f"{where} is of model type {brief(model_type)}; griffin reads {HF_MODEL_TYPE!r} and {OWN_MODEL_TYPE!r}"
         )
-    if "quantization_config" in left:
-        method = left["quantization_config"]
+    if (method := left.get("quantization_config")) is not None:
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise GriffinError(
-            f"{where}: weights quantised by {method!r} are not read; use the bf16 original of this model"
+            f"{where}: weights quantised by {brief(method)} are not read; use the bf16 original of this model"
         )
     for key, value in _FIXED.items():
         if (found := left.pop(key, value)) != value:
-            raise GriffinError(f"{where}: {key}={found!r} is not supported; only {value!r} is")
+            raise GriffinError(f"{where}: {key}={brief(found)} is not supported; only {value!r} is")
     for key in (*_WITHOUT_EFFECT, QUANTIZATION):
         left.pop(key, None)
 
     heads, layers = take("num_attention_heads"), take("num_hidden_layers")
-    width, wide = take("hidden_size"), take("intermediate_size")
-    for key, value in (("num_hidden_layers", layers), ("num_attention_heads", heads), ("hidden_size", width)):
+    width, wide, head_dim = take("hidden_size"), take("intermediate_size"), take("head_dim", None)
+    named = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width}
+    for key, value in (named | ({} if head_dim is None else {"head_dim": head_dim})).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GriffinError(f"{where}: {key}={value!r} must be a positive whole number")
-    if not isinstance(wide, int) or wide < 2 or wide % 2:
-        raise GriffinError(f"{where}: intermediate_size={wide!r} must be even: it is twice the width of one MLP branch")
-    head_dim = take("head_dim", None)
+            raise GriffinError(f"{where}: {key}={brief(value)} must be a positive whole number")
+        if value > (most := MOST_LAYERS if key == "num_hidden_layers" else MOST_SIZE):
+            raise GriffinError(f"{where}: {key}={brief(value)} is more than {most}")
+    if isinstance(wide, bool) or not isinstance(wide, int) or wide < 2 or wide % 2:
+        raise GriffinError(
+            f"{where}: intermediate_size={brief(wide)} must be even: it is twice the width of one MLP branch"
+        )
     if head_dim is not None and head_dim * heads != width:
         raise GriffinError(f"{where}: head_dim={head_dim} times num_attention_heads={heads} is not hidden_size={width}")
 
-    rope = take("rope_parameters", None) or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise GriffinError(f"{where}: rope_parameters={rope!r} is not supported; only rope_type 'default' is")
-    scale = _one(where, left, {"embeddings_scale_by_sqrt_dim": lambda on: "bf16" if on else "none"}, "bf16")
-    own_scale = take("embedding_scale", scale)
+    rope = {} if (found := take("rope_parameters", None)) is None else found
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or rope.keys() - _ROPE_KEYS:
+        raise GriffinError(
+            f"{where}: rope_parameters={brief(rope)} is not supported; only rope_type 'default' with rope_theta and "
+            "partial_rotary_factor is"
+        )
+    for key in rope.keys() & {"rope_theta", "partial_rotary_factor"}:
+        if left.get(key, rope[key]) != rope[key]:
+            raise GriffinError(f"{where}: {key}={brief(left[key])} and {brief(rope[key])} in rope_parameters disagree")
+    if not isinstance(by_sqrt := take("embeddings_scale_by_sqrt_dim", True), bool):
+        raise GriffinError(f"{where}: embeddings_scale_by_sqrt_dim={brief(by_sqrt)} must be true or false")
+    own_scale = take("embedding_scale", scale := "bf16" if by_sqrt else "none")
     if (own_scale == "none") != (scale == "none") and "embeddings_scale_by_sqrt_dim" in data:
-        raise GriffinError(f"{where}: embedding_scale={own_scale!r} contradicts embeddings_scale_by_sqrt_dim")
+        raise GriffinError(f"{where}: embedding_scale={brief(own_scale)} contradicts embeddings_scale_by_sqrt_dim")
+    cap = take("logits_soft_cap", 30.0)
     fields = {
         "vocab_size": take("vocab_size"),
         "width": width,
@@ -103,20 +134,16 @@ def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
         "rope_base": take("rope_theta", rope.get("rope_theta", 10_000.0)),
         "rope_fraction": take("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5)),
         "embedding_scale": own_scale,
-        "logits_soft_cap": take("logits_soft_cap", 30.0) or None,  # 0 is Google's word for none
+        "logits_soft_cap": None if cap == 0 and cap is not False else cap,  # 0 is Google's word for none
         "max_sqrt_gradient": take("max_sqrt_gradient", 1000.0),
         "unscaled_first_token": take("unscaled_first_token", True),
         "init": take("init", "recurrentgemma"),
     }
     if left:
         raise GriffinError(
-            f"{where} has keys this version does not understand: {', '.join(sorted(left))}; "
+            f"{where} has keys this version does not understand: {_some(sorted(left))}; "
             "remove them if they change nothing, or use the version of griffin that wrote them"
         )
-    for name in ("rms_norm_eps", "rope_base", "rope_fraction", "logits_soft_cap", "max_sqrt_gradient"):
-        value = fields[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise GriffinError(f"{where}: {name}={value!r} must be a number")
     try:
         return GriffinConfig(**fields)
     except ValueError as error:
@@ -198,7 +225,7 @@ def _block_types(where: str, left: dict[str, Any], num_layers: int) -> tuple[str
 
     def written_out(pattern: Any) -> tuple[str, ...]:
         if not isinstance(pattern, list) or not pattern or not all(isinstance(kind, str) for kind in pattern):
-            raise GriffinError(f"{where}: block_types={pattern!r} must be a list of 'recurrent' and 'attention'")
+            raise GriffinError(f"{where}: block_types={brief(pattern)} must be a list of 'recurrent' and 'attention'")
         pattern = [kinds.get(kind, kind) for kind in pattern]
         return tuple(pattern[index % len(pattern)] for index in range(num_layers))
 
@@ -213,5 +240,9 @@ def _one(where: str, left: dict[str, Any], spellings: Mapping[str, Callable[[Any
     """Take all spellings of one thing; they must agree."""
     found = {key: (read or (lambda value: value))(left.pop(key)) for key, read in spellings.items() if key in left}
     if len({repr(value) for value in found.values()}) > 1:
-        raise GriffinError(f"{where}: {' and '.join(f'{key}={value!r}' for key, value in found.items())} disagree")
+        raise GriffinError(f"{where}: {' and '.join(f'{key}={brief(value)}' for key, value in found.items())} disagree")
     return next(iter(found.values()), default)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(name[:60] for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

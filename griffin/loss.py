@@ -10,6 +10,7 @@ from torch import Tensor
 
 from griffin import ops
 from griffin.ops.cross_entropy import NOT_COUNTED
+from griffin.ops.device import own_dtypes
 
 
 def cross_entropy(
@@ -23,7 +24,8 @@ def cross_entropy(
     """Compute sum over counted tokens of logsumexp(c) - c[target], c = cap tanh(hidden embedding^T / cap).
 
     Logits live for one chunk of tokens at a time; where a gradient is wanted it is formed in the same pass, so nothing
-    of size V is kept per token. Logits, softmax and sums are in fp32 (fp64 for fp64).
+    of size V is kept per token. Logits, softmax and sums are in fp32 (fp64 for fp64), under torch.autocast too. There
+    is no second derivative: a backward pass with create_graph=True raises RuntimeError.
 
     Args:
         hidden: (B, T, D) from `Griffin.forward`.
@@ -54,9 +56,10 @@ def cross_entropy(
             )
     if chunk_tokens is None:
         chunk_tokens = max(64, (2**28 if hidden.is_cuda else 2**23) // V)
-    nats = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens
-    )
+    with own_dtypes(hidden.device):
+        nats = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens
+        )
     return nats, (targets != NOT_COUNTED).sum()
 
 
@@ -105,6 +108,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The gradient was computed without a graph. `once_differentiable` would not say so: it raises only where
+            # the incoming gradient has one, and a loss stands last.
+            raise RuntimeError("cross_entropy has no second derivative: take its gradient without create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], d_weight * grads[0], None, None, None
 

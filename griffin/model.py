@@ -7,10 +7,8 @@ a State is passed, nothing else.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict
+import uuid
 from typing import cast
 
 import torch
@@ -33,6 +31,7 @@ from griffin.ops import (
     rope,
     soft_cap,
 )
+from griffin.ops.device import own_dtypes
 from griffin.ops.rg_lru import C
 from griffin.span import Span, advance_, span_of
 from griffin.state import AttentionState, RecurrentState, State
@@ -238,9 +237,13 @@ class Griffin(nn.Module):
         config: the architecture.
         device: where the parameters live; None is PyTorch's default. "meta" makes a model without storage.
         dtype: of the parameters.
-        activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
-            mixed-precision training.
+        activation_dtype: of the activations; None means as the embedding, whatever `double()`, `bfloat16()` or `to()`
+            make of it later (as the final norm, once the embedding is quantised). fp32 parameters with bf16
+            activations is mixed-precision training; torch.autocast changes nothing in here.
         generator: the source of the initial weights; None is PyTorch's default generator.
+
+    Attributes:
+        model_id: of this model and its copies; its states bear it.
     """
 
     def __init__(
@@ -253,8 +256,7 @@ class Griffin(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.activation_dtype = activation_dtype or dtype
+        self.config, self.activation_dtype, self.model_id = config, activation_dtype, uuid.uuid4().hex
         self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
             self.model = Layers(config).to(dtype)  # "model." is the prefix that released weights carry
@@ -267,6 +269,19 @@ class Griffin(nn.Module):
     def embedding(self) -> Tensor:
         """(V, D), the input embedding and the output matrix; of a quantised model, a widened copy."""
         return self.model.embed_tokens.weight
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What activations and states are in; setting it to None lets it follow the parameters again."""
+        if self._activation_dtype is not None:
+            return self._activation_dtype
+        embedding = self.model.embed_tokens  # a quantised one's numbers are in no dtype of activations
+        followed = embedding if isinstance(embedding, Embedding) else self.model.final_norm
+        return cast(Tensor, followed.weight).dtype
+
+    @activation_dtype.setter
+    def activation_dtype(self, dtype: torch.dtype | None) -> None:
+        self._activation_dtype = dtype
 
     @property
     def device(self) -> torch.device:
@@ -313,10 +328,11 @@ class Griffin(nn.Module):
 
     def run(self, tokens: Tensor, state: State | None, span: Span) -> Tensor:
         """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
-        x = self.model.embed_tokens(tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
-        for index, block in enumerate(self.blocks):
-            x = block(x, None if state is None else state.layers[index], span)
-        return self.model.final_norm(x)  # type: ignore[no-any-return]
+        with own_dtypes(tokens.device):
+            x = self.model.embed_tokens(tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
+            for index, block in enumerate(self.blocks):
+                x = block(x, None if state is None else state.layers[index], span)
+            return self.model.final_norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute cap * tanh(hidden embedding^T / cap), or without the cap where the config has none.
@@ -327,7 +343,8 @@ class Griffin(nn.Module):
         Returns:
             (..., V) fp32.
         """
-        return soft_cap(self.model.embed_tokens.output(hidden), self.config.logits_soft_cap)
+        with own_dtypes(hidden.device):
+            return soft_cap(self.model.embed_tokens.output(hidden), self.config.logits_soft_cap)
 
     def new_state(self, batch_size: int) -> State:
         """Make the state of `batch_size` rows that have read nothing, on the model's device.
@@ -335,18 +352,7 @@ class Griffin(nn.Module):
         Raises:
             ValueError: batch_size < 0.
         """
-        return State.new(self.config, batch_size, self.activation_dtype, self.device, self.fingerprint)
-
-    @torch.no_grad()
-    def fingerprint(self) -> str:
-        """Give a sha256 of the architecture and 16 values of every parameter: two models that differ, differ in it."""
-        architecture = {name: value for name, value in asdict(self.config).items() if name != "init"}
-        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, values.numel() // 16)][:16].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        return State.new(self.config, batch_size, self.activation_dtype, self.device, self.model_id)
 
 
 def _embedding_scale(config: GriffinConfig) -> float | None:

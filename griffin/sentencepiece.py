@@ -21,6 +21,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from griffin.errors import GriffinError
+from griffin.reading import check_regular
+
+MOST_BYTES = 64 << 20  # of a file: a million pieces take 20 MB
+MOST_WORK = 100_000_000  # characters looked at while joining pieces: Gemma's 256,000 take 10 million
 
 # The protobuf's own numbers: SentencePiece.Type and TrainerSpec.ModelType.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -43,6 +47,8 @@ def convert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
         GriffinError: the file is truncated or is no SentencePiece model, or it needs what is not supported here:
             another algorithm than BPE, a normaliser that changes text, unused pieces.
     """
+    if (size := check_regular(path, mend="download it again")) > MOST_BYTES:
+        raise GriffinError(f"{path} is {size:,} bytes, more than {MOST_BYTES:,}; download it again")
     try:
         pieces, trainer, normalizer = _read_model(path.read_bytes())
     except (ValueError, IndexError, struct.error, TypeError) as error:
@@ -79,7 +85,8 @@ def convert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
         [
             AddedToken(piece.text, special=False, normalized=True)  # matched after " " has become "▁"
             for piece in pieces
-            if piece.kind == USER_DEFINED
+            # SentencePiece, too, looks when " " has become "▁": what was defined with a " " is never found.
+            if piece.kind == USER_DEFINED and " " not in piece.text
         ]
     )
 
@@ -98,6 +105,7 @@ def _refuse(
     name = MODEL_TYPES.get(kind, str(kind)) if isinstance(kind, int) else "unreadable"
     dummy_prefix = bool(normalizer.get(3, 1))
     defined = sum(piece.kind == USER_DEFINED for piece in pieces)
+    work = sum(len(piece.text) ** 2 for piece in pieces if piece.kind == NORMAL)
     reasons = {
         f"its algorithm is {name}, and only bpe is supported": name != "bpe",
         "its normaliser changes characters, and only identity is supported": bool(normalizer.get(2, b"")),
@@ -105,6 +113,7 @@ def _refuse(
         "it does not escape spaces (escape_whitespaces)": not normalizer.get(5, 1),
         "it ends words with a space (treat_whitespace_as_suffix)": bool(trainer.get(24, 0)),
         "it has unused pieces": any(piece.kind == UNUSED for piece in pieces),
+        f"joining its pieces means to look at {work:,} characters, more than {MOST_WORK:,}": work > MOST_WORK,
         f"it has both add_dummy_prefix and {defined} user-defined symbols": dummy_prefix and defined > 0,
     }
     for reason, holds in reasons.items():

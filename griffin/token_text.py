@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
@@ -36,6 +37,36 @@ class TextStream:
     def finish(self) -> str:
         """Return what is left, with U+FFFD for a character that was never finished."""
         return self._utf8.decode(b"", final=True)
+
+
+def check_characters(text: str, what: str) -> None:
+    """Refuse a lone surrogate, which no UTF-8 has and no vocabulary can write.
+
+    Raises:
+        GriffinError: `text` holds one; `what` begins the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GriffinError(
+            f"{what} has a lone surrogate {text[error.start]!a} at character {error.start}; "
+            "read it with errors='replace'"
+        ) from None
+
+
+@contextmanager
+def library_errors(what: str, mend: str = "use another copy of its files") -> Iterator[None]:
+    """Turn what `tokenizers` raises into an error that begins with `what` and ends with `mend`.
+
+    It raises no narrower class than Exception, and where its Rust panics, one that is not even an Exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())[:300]  # it can repeat a whole file
+        raise GriffinError(f"{what} ({said}); {mend}") from error
 
 
 def byte_letters() -> list[str]:

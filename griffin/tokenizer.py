@@ -18,11 +18,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from griffin import chat_template
+from griffin.chat_template import ChatTemplate, Rendered
 from griffin.errors import GriffinError
 from griffin.files import whole_file
 from griffin.token_text import TextStream as TextStream
-from griffin.token_text import TextTable, byte_letters, piece_decoder
+from griffin.token_text import TextTable, byte_letters, check_characters, library_errors, piece_decoder
 
 # Tokens that end a turn without being the vocabulary's eos: Gemma's, ChatML's, Llama 3's.
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
@@ -46,6 +46,8 @@ class Tokenizer:
         bos, eos, pad: the tokens' strings; None where there is none.
         chat_template: a Jinja template as Hugging Face folders have them.
         stop_ids: further ids that end generation; eos and the usual ends of a turn are found without being named.
+        add_bos: whether a text begins with `bos`, where there is one.
+        add_eos: whether a text ends with `eos`, where there is one. Few models were made so.
 
     Raises:
         GriffinError: a special token is not in the vocabulary, or the backend's decoder is of a kind not supported.
@@ -60,11 +62,12 @@ class Tokenizer:
         pad: str | None = None,
         chat_template: str | None = None,
         stop_ids: Sequence[int] = (),
+        add_bos: bool = True,
+        add_eos: bool = False,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
-        self.chat_template = chat_template
         self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
         for name, token in self._names.items():
             if token is not None and backend.token_to_id(token) is None:
@@ -80,18 +83,34 @@ class Tokenizer:
         first = [] if self.eos_id is None else [self.eos_id]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*first, *ends, *stop_ids]))
         self._to_bytes, self._strip = piece_decoder(backend)
-        if bos is not None and self.bos_id is not None:  # only for those who open the saved file with other software
-            backend.post_processor = processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, self.bos_id)]
-            )
+        begin = [bos] if add_bos and bos is not None else []
+        end = [eos] if add_eos and eos is not None else []
+        ids = {token: index for token in (*begin, *end) if (index := backend.token_to_id(token)) is not None}
+        self.begin_ids = tuple(ids[token] for token in begin)
+        self.end_ids = tuple(ids[token] for token in end)
+        backend.post_processor = processors.TemplateProcessing(  # only for those who open the file with other software
+            single=[*begin, "$A", *end], pair=[*begin, "$A", *end, "$B:1", *end], special_tokens=list(ids.items())
+        )
+        specials = {name: token for name, token in self._names.items() if token is not None}
+        self._chat = None if chat_template is None else ChatTemplate(chat_template, specials)
         self._plain = _plain_twin(backend)
         unknown = getattr(backend.model, "unk_token", None)
         self._control = frozenset(index for index, text in self._specials.items() if text != unknown)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source."""
+        return None if self._chat is None else self._chat.source
 
     @cached_property
     def vocab_size(self) -> int:
         """The number of ids, added tokens included: the largest id + 1."""
         return max(self._text) + 1
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._specials.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) never matches
 
     @cached_property
     def _text(self) -> TextTable:
@@ -103,24 +122,26 @@ class Tokenizer:
         """Return the ids of `text`.
 
         Args:
-            bos: begin with `bos_id`, once, where the vocabulary has one.
+            bos: `text` is whole: begin with `begin_ids`, which is BOS for most vocabularies and nothing for others, and
+                end with `end_ids`, which is nothing for most. False for a piece of a text, which gets neither.
             special: read "<end_of_turn>" and the like in `text` as control tokens; otherwise they are ordinary text.
 
         Raises:
-            GriffinError: `text` holds a lone surrogate, which no UTF-8 has.
+            GriffinError: `text` holds a lone surrogate, which no UTF-8 has, or the vocabulary fails on it.
         """
         ids = self._ids(text, special)
-        return self._with_bos(ids) if bos else ids
+        return self._whole(ids) if bos else ids
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """Return `encode` of each text, computed in parallel."""
         try:
-            batch = [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+            with library_errors("this tokenizer fails on a text"):
+                batch = [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
             batch = [self._ids(text, False) for text in texts]  # which says what is wrong with which text
         for ids in batch:
             self._refuse_control(ids)
-        return [self._with_bos(ids) for ids in batch] if bos else batch
+        return [self._whole(ids) for ids in batch] if bos else batch
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -150,7 +171,7 @@ class Tokenizer:
         return sum(map(len, pieces)) - prefixed
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Render the chat template over `messages` and return the ids, with exactly one BOS at the front.
+        """Render the chat template over `messages` and return the ids: BOS is there where the template writes it.
 
         No content produces a control token: where one holds a special token's text, template and contents are encoded
         apart. Everywhere else the ids are those of Hugging Face's `apply_chat_template`.
@@ -160,11 +181,10 @@ class Tokenizer:
             add_generation_prompt: end where the assistant's answer begins.
 
         Raises:
-            GriffinError: there is no chat template, it fails or refuses the messages, or a message is malformed.
+            GriffinError: there is no chat template, it fails, refuses the messages, crashes or does not end, or a
+                message is malformed.
         """
-        return self._with_bos(
-            self._encode_rendered(*self._render(chat_template.checked(messages), add_generation_prompt))
-        )
+        return self._encode_rendered(self._chat_or_error().whole(messages, add_generation_prompt))
 
     def encode_chat_turn(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -174,36 +194,14 @@ class Tokenizer:
         They follow the last assistant message's content and begin with what ends it (Gemma: "<end_of_turn>\\n"), so
         the stop token that ended generation must not have been read. Before any answer, equal to `encode_chat`.
 
+        Where the template's form shows that a turn does not depend on the past's messages (Gemma's, ChatML's), they
+        are neither rendered nor looked at; other templates render all of them.
+
         Raises:
             GriffinError: as `encode_chat`; or the last message is the assistant's; or the template does not keep the
                 past as it was, so that this cannot work.
         """
-        messages = chat_template.checked(messages)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
-            return self.encode_chat(messages, add_generation_prompt=add_generation_prompt)
-        last = answers[-1]
-        if last == len(messages) - 1:
-            raise GriffinError(f"message {last} of {len(messages)} is the assistant's; end with a user message")
-        sentinel = (
-            chat_template.unused_mark([self.chat_template or "", *(message["content"] for message in messages)])
-            + "\ufdd4"
-        )
-        replaced = [*messages[:last], {"role": "assistant", "content": sentinel}, *messages[last + 1 :]]
-        text, spans = self._render(replaced, add_generation_prompt)
-        if (count := text.count(sentinel)) != 1:
-            raise GriffinError(
-                f"the chat template writes the last answer {count} times instead of once; "
-                "send the whole conversation with encode_chat"
-            )
-        before, tail = text.split(sentinel)
-        if before != self._render(messages[:last], True)[0]:
-            raise GriffinError(
-                "the chat template writes earlier turns differently once they are answered; "
-                "send the whole conversation with encode_chat"
-            )
-        cut = len(before) + len(sentinel)
-        return self._encode_rendered(tail, [(start - cut, end - cut) for start, end in spans if start >= cut])
+        return self._encode_rendered(self._chat_or_error().turn(messages, add_generation_prompt))
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers' AutoTokenizer open.
@@ -215,8 +213,8 @@ class Tokenizer:
         config: dict[str, object] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: token for name, token in self._names.items() if token is not None},
-            "add_bos_token": self.bos_id is not None,
-            "add_eos_token": False,
+            "add_bos_token": bool(self.begin_ids),
+            "add_eos_token": bool(self.end_ids),
             "clean_up_tokenization_spaces": False,
         }
         if self.chat_template is not None:
@@ -234,7 +232,9 @@ class Tokenizer:
     def _fingerprint(self) -> str:
         content = json.loads(self.backend.to_str())
         keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-        rules = [{key: content[key] for key in keys}, self.bos_id, self.eos_id, self.pad_id]
+        rules: list[object] = [{key: content[key] for key in keys}, self.bos_id, self.eos_id, self.pad_id]
+        if len(self.begin_ids) != (self.bos_id is not None) or self.end_ids:  # else as fingerprints have always been
+            rules += [self.begin_ids, self.end_ids]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -284,23 +284,17 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=chat_template)
 
-    def _with_bos(self, ids: list[int]) -> list[int]:
-        if self.bos_id is None:
-            return ids
-        first = next((at for at, index in enumerate(ids) if index != self.bos_id), len(ids))
-        return [self.bos_id, *ids[first:]]
+    def _whole(self, ids: list[int]) -> list[int]:
+        if self.begin_ids:  # once, should `special` have read it in the text as well
+            ids = ids[next((at for at, index in enumerate(ids) if index != self.bos_id), len(ids)) :]
+        return [*self.begin_ids, *ids, *self.end_ids]
 
     def _ids(self, text: str, special: bool) -> list[int]:
         try:
-            ids = (self.backend if special else self._plain).encode(text, add_special_tokens=False).ids
+            with library_errors("this tokenizer fails on the text"):
+                ids = (self.backend if special else self._plain).encode(text, add_special_tokens=False).ids
         except TypeError:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise GriffinError(
-                    f"the text has a lone surrogate {text[error.start]!a} at character {error.start}; "
-                    "read it with errors='replace'"
-                ) from None
+            check_characters(text, "the text")
             raise
         if not special:
             self._refuse_control(ids)
@@ -312,29 +306,24 @@ class Tokenizer:
             token = next(self._specials[index] for index in ids if index in self._control)
             raise GriffinError(f"this vocabulary cannot write {token!r} as ordinary text; remove it from the text")
 
-    def _render(
-        self, messages: Sequence[chat_template.Message], add_generation_prompt: bool
-    ) -> tuple[str, list[chat_template.Span]]:
-        """Return the rendered chat and where its contents lie; nowhere, where that cannot matter."""
-        if self.chat_template is None:
+    def _chat_or_error(self) -> ChatTemplate:
+        if self._chat is None:
             raise GriffinError(
                 "this tokenizer has no chat template: use a model made for chat, put a chat_template.jinja into its "
                 "folder, or encode the text yourself"
             )
-        specials = {name: token for name, token in self._names.items() if token is not None}
-        text, spans = chat_template.render_marked(self.chat_template, messages, add_generation_prompt, specials)
-        for token in self._specials.values() if spans is None else ():
-            if any(token.lower() in message["content"].lower() for message in messages):
+        return self._chat
+
+    def _encode_rendered(self, chat: Rendered) -> list[int]:
+        """Encode a rendered chat: special tokens count in the template's parts, never in the contents."""
+        text, spans = chat.text, chat.spans or []
+        for token in self._specials.values() if chat.spans is None else ():
+            if any(token.lower() in content.lower() for content in chat.contents):
                 raise GriffinError(
                     f"a message contains {token!r}, and this chat template rewrites contents, so that it could become "
                     "a control token; remove it from the message"
                 )
-        return text, spans or []
-
-    def _encode_rendered(self, text: str, spans: list[chat_template.Span]) -> list[int]:
-        """Encode a rendered chat: special tokens count in the template's parts, never in the contents."""
-        pattern = "|".join(re.escape(token) for token in sorted(self._specials.values(), key=len, reverse=True))
-        found = [match.span() for match in re.finditer(pattern, text)] if pattern else []
+        found = [match.span() for match in self._special_pattern.finditer(text)]
         if not any(start < high and low < end for low, high in found for start, end in spans):
             return self._ids(text, special=True)
         ids: list[int] = []

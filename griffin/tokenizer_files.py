@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
+from reprlib import repr as brief  # a file can hold anything
 from typing import Any
 
 import tokenizers
 
 from griffin import chat_template
 from griffin.errors import GriffinError
+from griffin.reading import check_regular, read_json, read_text
+from griffin.token_text import library_errors
 from griffin.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
+MOST_GROWTH = 1000  # times that a text may become longer before it is cut; in released folders it is below 50
+DOWNLOAD = "download it again"
 
 # For a bare tokenizer.json, which does not say what its special tokens are for.
 USUAL_NAMES = {
@@ -28,8 +34,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.json is preferred to tokenizer.model; special tokens, chat template and stop ids come from the usual
     files beside it. Nothing in the folder is executed.
 
+    A text begins with BOS as tokenizer_config.json says (`add_bos_token`), else as tokenizer.json's post-processor
+    does; with tokenizer.model alone it does. So for EOS at the end, but with tokenizer.model alone there is none.
+
     Raises:
-        GriffinError: a file is missing, truncated, contradicts another or is of a kind not supported; it is named.
+        GriffinError: a file is missing, truncated, contradicts another, is of a kind not supported, or could take up
+            all memory; it is named.
     """
     path = Path(folder)
     file = path
@@ -58,12 +68,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if not config and not token_map:
             for name, usual in USUAL_NAMES.items():
                 defaults[name] = next((token for token in usual if token in specials), None)
-    for index, written in (config.get("added_tokens_decoder") or {}).items():
-        content = _token_text(f"{beside}/tokenizer_config.json: added_tokens_decoder[{index}]", written)
+    named_ids = config.get("added_tokens_decoder") or {}
+    if not isinstance(named_ids, dict):
+        raise GriffinError(f"{beside}/tokenizer_config.json: added_tokens_decoder is {brief(named_ids)}, not an object")
+    for index, written in named_ids.items():
+        content = _token_text(f"{beside}/tokenizer_config.json: added_tokens_decoder[{brief(index)}]", written)
         found_at = None if content is None else backend.token_to_id(content)
         if found_at is None or str(found_at) != index:
             raise GriffinError(
-                f"{beside}/tokenizer_config.json says id {index} is {content!r}, but {file.name} has it at "
+                f"{beside}/tokenizer_config.json says id {index[:20]} is {brief(content)}, but {file.name} has it at "
                 f"{found_at}; open and save the folder once with transformers"
             )
 
@@ -74,7 +87,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         source, entry = next(named, (file.name, default))
         token = tokens[name] = _token_text(f"{file.parent / source}: {name}", entry)
         if token is not None and backend.token_to_id(token) is None:
-            raise GriffinError(f"{file.parent / source}: {name} {token!r} is not in the vocabulary of {file.name}")
+            raise GriffinError(f"{file.parent / source}: {name} {brief(token)} is not in the vocabulary of {file.name}")
+    add_bos, add_eos = (config.get(name) for name in ("add_bos_token", "add_eos_token"))
+    if not all(value in (None, True, False) for value in (add_bos, add_eos)):
+        raise GriffinError(
+            f"{beside}/tokenizer_config.json: add_bos_token is {brief(add_bos)}, add_eos_token {brief(add_eos)}; "
+            "each must be true or false"
+        )
+    if add_bos is None or add_eos is None:
+        written = (True, False) if file.suffix == ".model" else _adds(file, backend, tokens)
+        add_bos = written[0] if add_bos is None else add_bos
+        add_eos = written[1] if add_eos is None else add_eos
     return Tokenizer(
         backend,
         bos=tokens["bos_token"],
@@ -82,43 +105,104 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         pad=tokens["pad_token"],
         chat_template=template,
         stop_ids=_stop_ids(beside),
+        add_bos=add_bos,
+        add_eos=add_eos,
     )
 
 
 def _read_settings(folder: Path | None, name: str) -> dict[str, Any]:
     """Read a JSON object; {} where the file does not exist."""
-    if folder is None or not (folder / name).is_file():
+    if folder is None or not (folder / name).exists():
         return {}
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GriffinError(f"{folder / name}: not valid JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise GriffinError(f"{folder / name}: a {type(content).__name__} where a JSON object belongs")
-    return content
+    return read_json(folder / name, mend=DOWNLOAD)
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower class
-        raise GriffinError(f"{file}: not a whole tokenizer.json ({error}); download or save it again") from error
+    check_regular(file, mend=DOWNLOAD)
+    with library_errors(f"{file}: not a whole tokenizer.json", "download or save it again"):
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    growth = _growth(_written(backend.normalizer)) * _growth(_written(backend.pre_tokenizer))
+    if growth > MOST_GROWTH:
+        raise GriffinError(
+            f"{file}: its normaliser or pre-tokenizer can make a text {growth:,} times as long, more than "
+            f"{MOST_GROWTH:,}, and so take up all memory; {DOWNLOAD}"
+        )
+    return backend
+
+
+def _written(part: Any) -> dict[str, Any]:
+    """A part of a backend as tokenizer.json has it; {} where there is none."""
+    found: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return found
+
+
+def _growth(part: dict[str, Any]) -> int:
+    """Bound how many characters a normaliser or pre-tokenizer makes of one, Unicode's normal forms not counted."""
+    kind, content = part.get("type"), part.get("content", "")
+    growth = 1
+    if kind == "Sequence":
+        for step in part.get("normalizers") or part.get("pretokenizers") or ():
+            growth *= _growth(step)
+    elif kind == "Replace" and "String" in part["pattern"]:
+        growth = -(-len(content) // max(1, len(part["pattern"]["String"])))
+    elif kind == "Replace":
+        growth = len(content) + bool(content)  # a pattern may match between all characters
+    elif kind == "Prepend":
+        growth = len(part["prepend"])
+    elif kind == "ByteLevel":
+        growth = 4
+    elif kind == "Precompiled":
+        table = base64.b64decode(part["precompiled_charsmap"])
+        texts = table[4 + int.from_bytes(table[:4], "little") :]  # behind the trie that points into them
+        growth = max(map(len, texts.split(b"\0")))
+    return max(1, growth)
+
+
+def _adds(file: Path, backend: tokenizers.Tokenizer, tokens: dict[str, str | None]) -> tuple[bool, bool]:
+    """Whether tokenizer.json itself begins texts with BOS, and ends them with EOS."""
+    begin, end = _around(_written(backend.post_processor))
+    bos, eos = ([] if tokens[name] is None else [tokens[name]] for name in ("bos_token", "eos_token"))
+    if begin not in ([], bos) or end not in ([], eos):
+        raise GriffinError(
+            f"{file} puts {brief(begin)} before and {brief(end)} behind every text, and bos_token is "
+            f"{brief(tokens['bos_token'])}, eos_token {brief(tokens['eos_token'])}; only these can stand there: "
+            "set add_bos_token and add_eos_token in tokenizer_config.json to true or false"
+        )
+    return bool(begin), bool(end)
+
+
+def _around(processor: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The tokens that a post-processor puts before and behind a text."""
+    kind = processor.get("type")
+    begin: list[str] = []
+    end: list[str] = []
+    if kind == "Sequence":
+        for step in processor["processors"]:
+            before, behind = _around(step)
+            begin, end = [*before, *begin], [*end, *behind]
+    elif kind in ("BertProcessing", "RobertaProcessing"):
+        begin, end = [processor["cls"][0]], [processor["sep"][0]]
+    elif kind == "TemplateProcessing":
+        place = begin
+        for piece in processor["single"]:
+            if "Sequence" in piece:
+                place = end
+            else:
+                place += processor["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+    return begin, end
 
 
 def _token_text(where: str, entry: object) -> str | None:
     """A token as its files write it: a string, {"content": string} or null."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None and not isinstance(text, str):
-        raise GriffinError(f"{where} is {text!r}, not a string")
+        raise GriffinError(f"{where} is {brief(text)}, not a string")
     return text
 
 
 def _chat_template(folder: Path | None, config: dict[str, Any]) -> str | None:
-    if folder is not None and (folder / "chat_template.jinja").is_file():
-        try:
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except ValueError as error:
-            raise GriffinError(f"{folder / 'chat_template.jinja'}: not UTF-8 text ({error})") from error
+    if folder is not None and (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja", mend=DOWNLOAD)
     for name, settings in (
         ("chat_template.json", _read_settings(folder, "chat_template.json")),
         ("tokenizer_config.json", config),
@@ -144,6 +228,6 @@ def _stop_ids(folder: Path | None) -> list[int]:
     ids = [] if entry is None else entry if isinstance(entry, list) else [entry]
     if not all(type(index) is int for index in ids):
         raise GriffinError(
-            f"{folder}/generation_config.json: eos_token_id is {entry!r}, not a number or a list of them"
+            f"{folder}/generation_config.json: eos_token_id is {brief(entry)}, not a number or a list of them"
         )
     return ids

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models
+from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -332,6 +332,7 @@ def test_a_fingerprint_tells_tokenizers_apart(tokenizer_of: Callable[[str], Toke
 def test_settings_come_from_the_files_beside(tmp_path: Path) -> None:
     backend = Tokenizer.train(SENTENCES * 3, 300).backend
     backend.add_special_tokens(["<|im_end|>"])
+    backend.post_processor = processors.ByteLevel()  # no BOS of its own, which would have to be the bos_token below
     backend.save(str(tmp_path / "tokenizer.json"))
     bare = load_tokenizer(tmp_path)
     assert (bare.bos_id, bare.eos_id, bare.pad_id, bare.stop_ids, bare.chat_template) == (2, 1, 0, (1, 4, 300), None)
@@ -359,16 +360,16 @@ def test_settings_come_from_the_files_beside(tmp_path: Path) -> None:
     [
         ("tokenizer.json", "{", "tokenizer.json: not a whole tokenizer.json"),
         ("tokenizer.json", "{}", "tokenizer.json: not a whole tokenizer.json"),
-        ("tokenizer_config.json", '{"bos_token": ', "tokenizer_config.json: not valid JSON"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: a list where a JSON object belongs"),
+        ("tokenizer_config.json", '{"bos_token": ', "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json holds a list, not a JSON object"),
         ("tokenizer_config.json", '{"bos_token": 7}', "tokenizer_config.json: bos_token is 7, not a string"),
         ("tokenizer_config.json", '{"bos_token": "<x>"}', "bos_token '<x>' is not in the vocabulary of tokenizer.json"),
         ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be a string"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "chat_template must be a string"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"9": {"content": "<eos>"}}}', "id 9 is '<eos>', but"),
-        ("special_tokens_map.json", "nul", "special_tokens_map.json: not valid JSON"),
+        ("special_tokens_map.json", "nul", "special_tokens_map.json is not JSON"),
         ("generation_config.json", '{"eos_token_id": "1"}', "eos_token_id is '1', not a number"),
-        ("generation_config.json", "{", "generation_config.json: not valid JSON"),
+        ("generation_config.json", "{", "generation_config.json is not JSON"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -382,7 +383,7 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str, message: s
 def test_a_chat_template_that_is_no_text_is_named(tmp_path: Path) -> None:
     Tokenizer.bytes().save(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(GriffinError, match=r"chat_template\.jinja: not UTF-8"):
+    with pytest.raises(GriffinError, match=r"chat_template\.jinja: byte 0 \(0xff\) is not UTF-8"):
         load_tokenizer(tmp_path)
 
 
@@ -540,7 +541,11 @@ def test_chats_that_cannot_be_encoded(template: str | None, messages: list[dict[
     [
         (chat_template.GEMMA, turns("a", "b"), "message 1 of 2 is the assistant's; end with a user message"),
         ("{{ messages[0].content }}", turns("a", "b", "c"), "writes the last answer 0 times"),
-        ("{{ messages[1].content }}{{ messages[1].content }}", turns("a", "b", "c"), "writes the last answer 2 times"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            turns("a", "b", "c"),
+            "writes the last answer 2 times",
+        ),
         (
             "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
             turns("a", "b", "c"),
@@ -557,13 +562,13 @@ def test_turns_that_cannot_be_continued(template: str, messages: list[dict[str, 
 def test_what_a_template_makes_of_a_content_is_text_too() -> None:
     template = "{{ messages[0].content | lower }}<eos>{{ messages[1].content | replace('X', '') }}"
     tokenizer = Tokenizer(Tokenizer.bytes().backend, bos="<bos>", eos="<eos>", chat_template=template)
-    assert tokenizer.encode_chat(turns("<EOS>", "<eXos>")) == [*tokenizer.encode("<eos>"), 257, *b"<eos>"]
+    assert tokenizer.encode_chat(turns("<EOS>", "<eXos>")) == [*b"<eos>", 257, *b"<eos>"]
 
 
 def test_templates_may_use_python_methods_and_leave_out_bos() -> None:
     template = "{{ messages[0].content.strip().split(' ')[0] }}{{ '<' | tojson }}"
     tokenizer = Tokenizer(Tokenizer.bytes().backend, bos="<bos>", eos="<eos>", chat_template=template)
-    assert tokenizer.encode_chat(turns(" Hi there")) == tokenizer.encode('Hi"<"')
+    assert tokenizer.encode_chat(turns(" Hi there")) == list(b'Hi"<"')
 
 
 # The command

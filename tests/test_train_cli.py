@@ -53,6 +53,20 @@ def test_a_text_becomes_a_model_that_writes(
     assert run(["train", str(text), *SMALL, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("lines", [5, 12, 40])
+def test_a_short_text_and_few_steps_need_no_other_flag(
+    tmp_path: Path, lines: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Warm-up, rows and what else nobody set follow the text and the steps."""
+    (tmp_path / "t.txt").write_text("to be or not to be that is the question\n" * lines)
+    arguments = ["train", str(tmp_path / "t.txt"), "--run", str(tmp_path / "run"), "--set", "threads=1"]
+    for name in ("width", "mlp_width", "lru_width"):
+        arguments += ["--set", f"model.{name}=64"]
+    arguments += ["--set", "model.num_heads=1", "--set", "model.num_gate_blocks=1", "--set", "steps=2"]
+    assert run(arguments) == 0
+    assert "trained in" in capsys.readouterr().out
+
+
 def test_the_choice_grows_with_the_text(tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("a" * 1000)
     (tmp_path / "large").mkdir()

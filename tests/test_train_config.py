@@ -44,6 +44,7 @@ def test_json_that_is_no_config_is_refused(text: str, message: str) -> None:
         (["tensorboard=true", "dtype=bf16"], {"tensorboard": True, "dtype": "bf16"}),
         (["sample_prompt=a=b"], {"sample_prompt": "a=b"}),
         (["steps=5", "warmup_steps=1"], {"steps": 5, "warmup_steps": 1}),  # steps=5 alone would be refused
+        (["steps=5", "warmup_steps=none"], {"steps": 5, "warmup_steps": None}),
     ],
 )
 def test_override(settings: list[str], changes: dict[str, object]) -> None:
@@ -72,7 +73,12 @@ def test_override_of_the_model() -> None:
         ("steps.x=3", "steps has no fields here"),
         ("model=tiny", "set its fields one by one"),
         ("steps=-1", "steps=-1 must be at least 1"),
-        ("steps=10", "warmup_steps=10 must be below steps=10"),
+        ("steps=10", "warmup_steps=10 must be below steps=10: set it lower, or to none"),
+        ("seed=99999999999999999999999", "seed=99999999999999999999999 must be below 2\\^63"),
+        ("steps=9223372036854775808", "must be below 2\\^63"),
+        ("threads=9223372036854775808", "must be below 2\\^63"),
+        ("steps=" + "9" * 5000, "is not a whole number"),
+        ("learning_rate=1e999", "learning_rate=inf must be positive"),
         ("model.num_heads=5", "width=32 is not a multiple of num_heads=5"),
         ("learning_rate=nan", "learning_rate=nan must be positive"),
         ("betas=0.9", "two numbers"),
@@ -146,3 +152,13 @@ def test_weight_decay_by_name() -> None:
         for name, parameter in model.named_parameters()
         if "embed_tokens" not in name
     }
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (12, 6), (99, 49), (100, 50), (1200, 50)])
+def test_a_warm_up_that_nobody_set_follows_the_steps(steps: int, warmup: int) -> None:
+    config = replace(CONFIG, steps=steps, warmup_steps=None)
+    assert config.warmup == warmup
+    assert replace(config, steps=1000).warmup == 50  # it was not fixed at birth
+    rates = [learning_rate(step, config) for step in range(steps)]
+    assert rates.index(max(rates)) == warmup
+    assert rates[warmup] == config.learning_rate

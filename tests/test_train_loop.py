@@ -29,6 +29,7 @@ from griffin.train.config import TrainConfig
 from griffin.train.flops import flops_per_token
 from griffin.train.loop import Result, train
 from griffin.train.metrics import curve, read_metrics
+from griffin.train.optim import learning_rate
 from griffin.train.snapshot import latest
 
 CLOCK = {"seconds", "tokens_per_s"}  # differ from run to run
@@ -137,7 +138,7 @@ def signals_on(call: int, number: int, times: int = 1) -> Any:
     return sampler
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, config: TrainConfig, number: int) -> None:
     run(config, tmp_path / "whole")
     sampled = replace(config, sample_every=7)
@@ -145,6 +146,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, config: Tra
     result, shown = run(sampled, tmp_path / "broken", sampler=signals_on(2, number))
     assert signal.getsignal(number) is before
     assert not result.finished
+    assert result.signal == number
     assert result.model_folder is None
     assert "stopping after this step" in shown
     assert result.step == 7
@@ -169,6 +171,19 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path: Path, config: TrainConfig) ->
         signal.signal(signal.SIGINT, before)
     assert latest(tmp_path / "run") is None
     assert run(config, tmp_path / "run", resume=True)[0].finished  # from the beginning
+
+
+def test_a_terminal_and_its_shell_may_both_hang_up(tmp_path: Path, config: TrainConfig) -> None:
+    result, _ = run(config, tmp_path / "run", sampler=signals_on(1, signal.SIGHUP, times=3))
+    assert (result.step, result.signal) == (0, signal.SIGHUP)
+
+
+def test_a_run_under_nohup_does_not_stop(tmp_path: Path, config: TrainConfig) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(config, tmp_path / "run", sampler=signals_on(1, signal.SIGHUP))[0].finished
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 KILLED = """
@@ -288,8 +303,31 @@ def test_another_run_is_not_gone_on_with(
     if "train_data" in changes:
         changes = {"train_data": str(tmp_path / "other.txt")}
         (tmp_path / "other.txt").write_text("another text\n" * 100)
+    before = contents(tmp_path / "run")
     with pytest.raises(GriffinError, match=message):
         run(replace(config, **changes), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before  # checked first, written after
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, config: TrainConfig) -> None:
+    run(config, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(GriffinError, match=r"has done 12 steps, more than steps=8: give as many or more"):
+        run(replace(config, steps=8), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_another_schedule_is_said_with_the_jump_it_makes(tmp_path: Path, config: TrainConfig) -> None:
+    run(config, tmp_path / "run")
+    _, shown = run(replace(config, steps=24, betas=(0.8, 0.9)), tmp_path / "run", resume=True)
+    assert "not bit for bit the unbroken run: steps was 12, is 24\n" in shown
+    then, now = learning_rate(11, config), learning_rate(12, replace(config, steps=24))
+    assert now > 5 * then
+    assert f"betas was [0.9, 0.95], is [0.8, 0.9]; the learning rate goes on from {then:.3g} with {now:.3g}" in shown
 
 
 def test_more_steps_are_another_schedule_but_the_same_run(tmp_path: Path, config: TrainConfig) -> None:
@@ -367,6 +405,10 @@ def test_going_on_from_a_model_takes_its_config_and_tokenizer(tmp_path: Path, co
     assert a.config == b.config
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    other = replace(again, model=replace(a.config, window=3), tokenizer="bytes")
+    with pytest.raises(GriffinError, match="is of another config than model="):
+        run(other, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
     shutil.rmtree(start)
     assert run(again, tmp_path / "second", resume=True)[0].finished
 
@@ -375,13 +417,44 @@ def test_going_on_from_a_model_takes_its_config_and_tokenizer(tmp_path: Path, co
     ("changes", "message"),
     [
         ({"row_tokens": 4000}, r"text\.txt: \d+ tokens to train on are less than one row"),
-        ({"device": "nonsense"}, "device='nonsense' cannot be used here"),
+        ({"device": "nonsense"}, "device='nonsense': there is no such device here; there are auto, cpu"),
         ({"tokenizer": "bpe:300"}, r"the tokenizer has 3\d\d|the tokenizer has 2\d\d ids, the model only"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, config: TrainConfig, changes: Any, message: str) -> None:
     with pytest.raises(GriffinError, match=message):
-        run(replace(config, **changes), tmp_path / "run")
+        run(replace(config, **changes), tmp_path / "made" / "run")
+    # Data that was prepared is whole, and of use for the next try.
+    assert not (tmp_path / "made").exists() or (tmp_path / "made" / "run" / "data" / "sources.json").exists()
+    assert not (tmp_path / "made" / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "meta"}, "device='meta': there is no such device"),
+        ({"threads": 1_000_000}, rf"threads=1000000: this machine has {os.cpu_count()} CPUs"),
+        (
+            {"batch_rows": 10**9},
+            r"a step of batch_rows=1000000000 x row_tokens=16 tokens.* takes 1,408 GB",
+        ),
+        ({"grad_accumulation": 10**12}, r"grad_accumulation=1000000000000 takes .* GB, and cpu has"),
+        ({"model": "vocab_size"}, r"training a model of 1,600,000,\d+,\d+ parameters takes 25,600 GB, and cpu has \d"),
+        ({"train_data": "no.txt"}, "no such file or folder"),
+        ({"validation_data": "no.txt"}, "no such file or folder"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_the_machine_has_not_is_refused_and_leaves_nothing(
+    tmp_path: Path, config: TrainConfig, changes: Any, message: str
+) -> None:
+    if "model" in changes:
+        assert config.model is not None
+        changes = {"model": replace(config.model, vocab_size=10**8 * 1000)}
+        config = replace(config, batch_rows=1)
+    with pytest.raises(GriffinError, match=message):
+        run(replace(config, **changes), tmp_path / "made" / "run")
+    assert not (tmp_path / "made").exists()
 
 
 def test_tensorboard(tmp_path: Path, config: TrainConfig) -> None:
@@ -399,6 +472,20 @@ def test_the_curve_or_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert curve([], 80) == ""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert curve(lines, 80) == 'for the loss curve here: pip install "griffin-lm[train]"'
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"\x00", b"{", b"\r", b"[" * 200_000])
+def test_a_damaged_line_of_metrics_costs_that_line(tmp_path: Path, config: TrainConfig, damage: bytes) -> None:
+    """A flipped bit in the middle: what stands behind it is not lost for good on resuming."""
+    run(config, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    before = read_metrics(file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][:5] + damage + lines[2][6:]
+    file.write_bytes(b"".join(lines))
+    _, shown = run(config, tmp_path / "run", resume=True)
+    assert "metrics.jsonl: line 3 is damaged and left out" in shown.replace("\n", "")
+    assert read_metrics(file) == [line for number, line in enumerate(before) if number != 2]
 
 
 def test_metrics_cut_short_by_a_kill_are_read_up_to_there(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from griffin import PRESETS, Griffin, Tokenizer
-from griffin.data.packing import Batch, pack
+from griffin.data.packing import NOT_COUNTED, Batch, pack
 from griffin.data.shards import Shard, open_shard, write_shard
+from griffin.errors import GriffinError
 from griffin.loss import cross_entropy
 from griffin.train.config import TrainConfig
 from griffin.train.optim import make_optimizer, set_learning_rate
@@ -143,3 +144,37 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path: Path) -> None:
     tokens, num_bytes = 2 * (len(ids) - 1), 2 * len(text.encode())
     assert loss == pytest.approx(torch.tensor(259.0).log().item())
     assert bits == pytest.approx(torch.tensor(259.0).log2().item() * tokens / num_bytes)
+
+
+def test_a_step_without_a_token_to_predict_changes_nothing(make_model: Callable[..., Griffin], tmp_path: Path) -> None:
+    """Documents of one token each: weight decay alone would move the weights."""
+    model = make_model()
+    optimizer = make_optimizer(model.named_parameters(), CONFIG)
+    batch = pack(shard_of(tmp_path, [1] * 64), [0, 1], 16)
+    assert not (batch.targets != NOT_COUNTED).any()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = take_step(model, optimizer, [batch, batch], 1.0)
+    assert (result.nats, result.num_tokens, result.taken) == (0.0, 0, False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert not optimizer.state
+
+
+def test_gradients_left_behind_are_no_part_of_the_step(make_model: Callable[..., Griffin], tmp_path: Path) -> None:
+    batch = pack(shard_of(tmp_path, [64]), [0, 1], 16)
+    results = []
+    for left in (False, True):
+        model = make_model()
+        optimizer = make_optimizer(model.named_parameters(), CONFIG)
+        if left:
+            nats(model, batch).backward()
+        results.append((take_step(model, optimizer, [batch], 1.0), [p.detach() for p in model.parameters()]))
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_validation_text_with_nothing_to_predict_is_refused_by_name(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, [1] * 8)
+    how = {"num_rows": 2, "row_tokens": 4, "batch_rows": 1, "device": torch.device("cpu")}
+    with pytest.raises(GriffinError, match="the text to validate on has nothing to predict"):
+        Validation.of(shard, Tokenizer.bytes(), **how)  # type: ignore[arg-type]

@@ -49,6 +49,7 @@ def prepare(
     *,
     tokenizer: str,
     validation: str | Path | None = None,
+    expected: str | None = None,
     report: Report = silent,
 ) -> Data:
     """Tokenise once: what `cache` holds of the same files and tokenizer is used as it stands.
@@ -58,10 +59,12 @@ def prepare(
         cache: the folder that keeps the result; it is made, and replaced where its sources have changed.
         tokenizer: "bpe:4096" learns one of that size from the training text; "bytes"; or a path to one.
         validation: like `source`; None takes the last 5% of the text.
+        expected: the fingerprint that the data must have; None takes any. What the cache holds is kept if not.
         report: told how far it is.
 
     Raises:
-        GriffinError: there is no text, it cannot be read, or the tokenizer is not one or does not fit a shard.
+        GriffinError: there is no text, it cannot be read, the tokenizer is not one or does not fit a shard, or the data
+            is not what is expected.
     """
     cache = Path(cache)
     if is_shard(source):
@@ -77,11 +80,22 @@ def prepare(
     if not _is_cached(cache, request):
         with whole_folder(cache) as folder:
             _write(folder, files, held_out, tokenizer, report)
+            parts = folder / "tokenizer", folder / "train", folder / "validation"
+            _expect(Data(load_tokenizer(parts[0]), *map(open_shard, parts[1:])), expected, source)
             (folder / "sources.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
     data = Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
+    _expect(data, expected, source)
     data.train.verify()
     data.validation.verify()
     return data
+
+
+def _expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
+    if fingerprint is not None and data.fingerprint() != fingerprint:
+        raise GriffinError(
+            f"{source}: the run was trained on other data ({fingerprint[:12]}, now {data.fingerprint()[:12]}): "
+            "bring the text back as it was, or begin anew in another folder"
+        )
 
 
 def _write(folder: Path, files: list[Path], held_out: list[Path] | None, spec: str, report: Report) -> None:

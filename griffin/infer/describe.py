@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from griffin import checkpoint
+from griffin.checksums import verify
 from griffin.config import PRESETS, GriffinConfig
 from griffin.model import Griffin
-from griffin.quantize import quantize, read_quantization
+from griffin.quantize import quantize
 from griffin.state import AttentionState
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors names them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +41,10 @@ def describe(name: str, dtype: torch.dtype | None = None) -> Description:
     if name in PRESETS and not Path(name).exists():
         config, stored, tokenizer, form = PRESETS[name], torch.float32, "none: a preset has no weights", None
     else:
-        folder = checkpoint.resolve(name)
-        config, stored = checkpoint.read_config(folder), _activation_dtype(folder)
-        form = read_quantization(checkpoint.read_json(folder / "config.json"), str(folder))
-        tokens = checkpoint.load_tokenizer(folder)
+        contents = checkpoint.inspect(name)
+        config, stored, form = contents.model.config, contents.activation_dtype, contents.form
+        tokens = checkpoint.load_tokenizer(contents.folder)
+        verify(contents.folder, [checkpoint.CONFIG])
         template = "no chat template" if tokens.chat_template is None else "a chat template"
         tokenizer = f"{tokens.vocab_size:,} ids, {template}, stop ids {', '.join(map(str, tokens.stop_ids)) or 'none'}"
     dtype = dtype or stored
@@ -66,13 +64,3 @@ def describe(name: str, dtype: torch.dtype | None = None) -> Description:
         state_bytes_per_token=2 * len(growing) * config.num_kv_heads * config.head_width * dtype.itemsize,
         tokenizer=tokenizer,
     )
-
-
-def _activation_dtype(folder: Path) -> torch.dtype:
-    """The embedding's, or the final norm's where the embedding is quantised."""
-    for name in (checkpoint.EMBEDDING, "model.final_norm.weight"):
-        for path, names in checkpoint.weight_files(folder).items():
-            if name in names:
-                with safe_open(path, framework="pt") as file:
-                    return DTYPES.get(file.get_slice(name).get_dtype(), torch.float32)
-    return torch.float32

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -145,6 +145,17 @@ def stands_for_others(tensor: Tensor) -> bool:
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def own_dtypes(device: torch.device) -> AbstractContextManager[object]:
+    """Turn torch.autocast off for `device` within a with statement, where it is on.
+
+    It would round what is documented to be in fp32, the logits and the loss, and cast some inputs of an op but not
+    others. `Griffin(..., activation_dtype=torch.bfloat16)` is the same wish, kept exactly.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @dataclass(frozen=True, slots=True)

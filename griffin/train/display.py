@@ -1,17 +1,65 @@
-"""What a person sees of a run."""
+"""What a person sees of a run. It can fail, and the run goes on: what is only shown cannot stop hours of work."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from griffin.data.text import Report
+from griffin.errors import printable
 
 PATIENCE_S = 2.0  # what takes longer shows how far it is
+
+
+@contextmanager
+def going_on(console: Console) -> Iterator[Console]:
+    """Let a console lose what its file does not take: the reader has left, the disk is full, the terminal is gone.
+
+    rich ends the process where the reader has left (`| head -1`). An error in making the text, and KeyboardInterrupt,
+    pass.
+    """
+    file = console.file
+    console.file = _Undemanding(file)  # type: ignore[assignment]
+    try:
+        yield console
+    finally:
+        console.file = file
+
+
+class _Undemanding:
+    """A text file whose writing never fails. All else is the file's."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        self._try(self._file.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, call: Any, *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except BrokenPipeError:
+            with suppress(OSError):  # it has no descriptor
+                # Nobody will read again, and what waits in the buffer would fail once more at the end.
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._file.fileno())
+                os.close(nowhere)
+        except (OSError, ValueError, RuntimeError):  # ValueError: closed; RuntimeError: a signal came while writing
+            pass
 
 
 class Display:
@@ -44,14 +92,15 @@ class Display:
         self._bar.update(self._task, completed=step, measures=f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s{share}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print lines. What a model wrote, or somebody called a file, must not drive the terminal."""
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def reporting(console: Console) -> Iterator[Report]:
     """Give a `Report` that shows a bar for what takes longer than PATIENCE_S."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
         console=console,

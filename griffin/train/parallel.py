@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from griffin.model import Griffin
-
-Recompute = Literal["none", "cheap", "all"]
+from griffin.train.config import Recompute
 
 # Their results are kept by "cheap": matrix products, the recurrence and attention. Norms, gates' nonlinearities, GeGLU,
 # RoPE and the convolution are a few passes over memory each, and computed again.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from griffin.data.packing import NOT_COUNTED, Batch, count_rows, pack
 from griffin.data.shards import Shard
+from griffin.errors import GriffinError
 from griffin.loss import bits_per_byte, cross_entropy
 from griffin.model import Griffin
 from griffin.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ class StepResult:
     nats: float  # summed over the tokens predicted
     num_tokens: int  # predicted
     grad_norm: float  # before clipping
-    taken: bool  # False: a number was not finite, and nothing has changed
+    taken: bool  # False: a number was not finite or no token predicted, and nothing has changed
 
 
 def take_step(
@@ -30,19 +31,23 @@ def take_step(
     """Change the weights once, by the gradient of the mean loss over all tokens of all batches.
 
     Several batches give what one large batch gives: each sum of nats is divided by the number of tokens in all of them.
-    If the loss or the gradient's norm is not finite, neither weights nor optimizer change.
+    If the loss or the gradient's norm is not finite, or no token is predicted (weight decay alone would then move the
+    weights), neither weights nor optimizer change.
 
     Args:
-        model: the model; its gradients are used and cleared.
+        model: the model; gradients that it holds are cleared, before and after.
         optimizer: with the learning rate of this step.
         batches: on the model's device.
         grad_clip: a longer gradient is scaled to this 2-norm.
     """
     num_tokens = sum(int((batch.targets != NOT_COUNTED).sum()) for batch in batches)
+    model.zero_grad(set_to_none=True)
+    if not num_tokens:
+        return StepResult(0.0, 0, 0.0, taken=False)
     sums = []
     for batch in batches:
         nats = _nats(model, batch)
-        (nats / max(1, num_tokens)).backward()
+        (nats / num_tokens).backward()
         sums.append(nats.detach())
     total = float(torch.stack(sums).sum())
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -50,7 +55,7 @@ def take_step(
     taken = math.isfinite(total) and math.isfinite(grad_norm)
     if taken:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     return StepResult(total, num_tokens, grad_norm, taken)
 
 
@@ -79,6 +84,8 @@ class Validation:
         batches = [pack(shard, rows[at : at + batch_rows], row_tokens) for at in range(0, num_rows, batch_rows)]
         predicted = [batch.targets[batch.targets != NOT_COUNTED].tolist() for batch in batches]
         num_bytes = sum(tokenizer.token_bytes(ids) for ids in predicted)
+        if not num_bytes:
+            raise GriffinError(f"{shard.folder}: the text to validate on has nothing to predict; give more of it")
         return cls([batch.to(device) for batch in batches], sum(map(len, predicted)), num_bytes)
 
     @torch.no_grad()

@@ -75,15 +75,30 @@ CASES: list[tuple[str, Make, list[str], str]] = [
     ("no prompt", nothing, ["generate", "model"], ""),
     ("negative temperature", nothing, [*GENERATE, "--temperature", "-1"], "temperature"),
     ("top-p above one", nothing, [*GENERATE, "--top-p", "1.5"], "top_p"),
+    ("no such device", nothing, [*GENERATE, "--device", "mps"], "there are auto, cpu"),
     ("unknown option", nothing, [*GENERATE, "--hotness", "3"], "--hotness"),
     ("unknown command", nothing, ["trian", "x"], "trian"),
     ("no chat template", nothing, ["generate", "model", "Hi", "--chat"], "no chat template"),
+    (
+        "a chat template that never ends",
+        write(
+            "model/chat_template.jinja", b"{% for a in range(9999) %}{% for b in range(9999) %}" + b"{% endfor %}" * 2
+        ),
+        ["generate", "model", "Hi", "--chat"],
+        "fuel",
+    ),
+    (
+        "a chat template that crashes",
+        write("model/chat_template.jinja", b"{% set n = namespace() %}{% set n.a = n %}{{ n }}"),
+        ["generate", "model", "Hi", "--chat"],
+        "crashed",
+    ),
     ("a conversation of nowhere", nothing, ["chat", "model", "--load", "none.safetensors"], "none.safetensors"),
     (
         "a conversation that is text",
         write("c", b"hello"),
         ["chat", "model", "--load", "c"],
-        "cannot be read as a state",
+        "c cannot be read (",
     ),
     ("unknown preset", nothing, ["info", "griffin-1t"], "griffin-1t"),
     ("no text", nothing, ["train", "no.txt"], "no.txt"),
