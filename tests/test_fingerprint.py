@@ -81,7 +81,7 @@ def test_models_that_differ_in_a_row_or_in_trained_tokens_differ(make_model: Mak
             elif change == 2:
                 model.embedding[100:110] += 1
             elif change == 3:
-                model.model["layers"][0].mlp_block.down_proj.weight[3] *= -5
+                model.model.layers[0].mlp_block.down_proj.weight[3] *= -5
         seen.add(fingerprint_of(model))
     assert len(seen) == 4
 
@@ -110,7 +110,7 @@ def test_it_is_computed_once_and_again_after_every_kind_of_change(make_model: Ma
         optimizer.step()
 
     def replace() -> None:
-        model.model["final_norm"].weight = nn.Parameter(torch.ones(32))
+        model.model.final_norm.weight = nn.Parameter(torch.ones(32))
 
     changes: list[Callable[[], object]] = [
         torch.no_grad()(lambda: model.embedding[5, 5].add_(1)),

@@ -114,10 +114,8 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
             f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
             "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
         )
-    if keys.shape[1] == 0:
-        raise ValueError("keys has no slots: there is nothing to attend to")
     kernels = device.kernels("ring_attention", queries, keys, values, size=K)
-    if kernels is None or not queries.numel():
+    if kernels is None or not min(queries.numel(), keys.shape[1]):
         slots = torch.arange(keys.shape[1], device=queries.device)
         return _attend(queries, keys, values, slots <= positions[:, :, None])
     return kernels.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]

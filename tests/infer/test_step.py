@@ -124,10 +124,10 @@ def test_replaced_parameters_and_modules_are_seen(make_lively: MakeModel) -> Non
     other, step = state.clone(), DecodeStep(model, state)
 
     def bias() -> None:
-        model.model["layers"][0].mlp_block.up_proj.bias = nn.Parameter(torch.randn(model.config.mlp_width))
+        model.model.layers[0].mlp_block.up_proj.bias = nn.Parameter(torch.randn(model.config.mlp_width))
 
     def module() -> None:
-        layers = model.model["layers"]
+        layers = model.model.layers
         layers[0].mlp_block, layers[1].mlp_block = layers[1].mlp_block, layers[0].mlp_block
 
     changes: list[Callable[[], object]] = [
