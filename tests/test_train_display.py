@@ -263,12 +263,13 @@ def test_a_stopped_training_has_the_status_of_its_signal(
     assert command([*arguments, "--resume"]) == 0
 
 
-def test_a_training_outlives_head(tmp_path: Path, config: TrainConfig) -> None:
+@pytest.mark.parametrize("where", ["| true; exit ${PIPESTATUS[0]}", ">&-", "> /dev/full"])
+def test_a_training_outlives_its_stdout(tmp_path: Path, config: TrainConfig, where: str) -> None:
     """As a process: its buffers and its exit are part of it."""
     code = "from griffin.cli.main import main; main()"
     arguments = [sys.executable, "-c", code, "train", *settings(config), "--run", str(tmp_path / "run")]
     done = subprocess.run(
-        ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", *arguments],
+        ["bash", "-c", f'"$@" {where}', "bash", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
