@@ -463,6 +463,15 @@ def test_tensorboard(tmp_path: Path, config: TrainConfig) -> None:
     assert [path.name[:6] for path in (tmp_path / "run" / "tensorboard").iterdir()] == ["events"]
 
 
+def test_tensorboard_that_is_not_there_is_said_before_anything_is_made(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GriffinError, match="tensorboard=true needs a package"):
+        run(replace(config, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_curve_or_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [{"step": step, "loss": 4 - step / 100} for step in range(100)]
     drawn = curve(lines, 80)
