@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from griffin import template_source
 from griffin.errors import GriffinError
@@ -26,6 +27,7 @@ GEMMA = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
 
+MOST_SOURCE = 1_000_000  # characters of a template; released ones have up to 30,000
 LEFT, RIGHT = "\ufdd2", "\ufdd3"  # a mark and one of these stand around a content
 
 Message = dict[str, str]
@@ -53,13 +55,24 @@ class ChatTemplate:
     Args:
         source: the template, in Jinja's language as Hugging Face folders have it.
         specials: bos_token and the like, as the template knows them.
+
+    Raises:
+        GriffinError: the template is longer than any is.
     """
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
+        if len(source) > MOST_SOURCE:
+            raise GriffinError(f"the chat template has {len(source):,} characters, more than {MOST_SOURCE:,}; mend it")
         self.source, self._specials = source, dict(specials)
         self._process = TemplateProcess()
-        self._plain = template_source.without_generation(source)
-        self._is_local = template_source.is_local(source)
+
+    @cached_property
+    def _plain(self) -> str:
+        return template_source.without_generation(self.source)
+
+    @cached_property
+    def _is_local(self) -> bool:
+        return template_source.is_local(self.source)
 
     def whole(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> Rendered:
         """Render a chat.

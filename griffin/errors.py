@@ -34,3 +34,8 @@ def one_line(error: BaseException) -> str:
         text = str(error)
     text = printable(" ".join(text.split()))
     return (text if len(text) <= _MOST else f"{text[:_MOST]}…") or type(error).__name__
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up on its input. It is no Exception, and yet no interrupt."""
+    return type(error).__module__ == "pyo3_runtime"

@@ -326,3 +326,14 @@ def test_a_message_that_is_none_is_named() -> None:
     long = [*turns(*"abcdefgh"), {"role": "user"}]
     with pytest.raises(GriffinError, match="message 8: content is NoneType"):
         template.turn(long, True)
+
+
+def test_a_template_longer_than_any_is_refused() -> None:
+    with pytest.raises(GriffinError, match=r"the chat template has 1,000,001 characters, more than 1,000,000"):
+        ChatTemplate("x" * 1_000_001, BOS)
+    for source in ("{{ '" * 250_000, "{#" * 500_000, "{% raw %}" * 110_000, "{{ not " + "not " * 240_000 + "1 }}"):
+        began = time.process_time()
+        template = ChatTemplate(source, BOS)
+        assert not template._is_local
+        assert template._plain == source
+        assert time.process_time() - began < 10  # one pass; a second for each of its parts would take hours

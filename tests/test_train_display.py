@@ -112,9 +112,14 @@ def test_a_run_shows_what_its_terminal_has_not(tmp_path: Path, config: TrainConf
     assert b"text \\ufffd and \\x1b]0;title\\x07" in data.getvalue()  # nor does a sample drive the terminal
 
 
+class PanicException(BaseException):
+    __module__ = "pyo3_runtime"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
+        (PanicException("backtrack limit"), "no sample after 1 steps: PanicException: backtrack limit"),
         (GriffinError("row 0: the largest logit is nan"), "no sample after 1 steps: row 0: the largest logit is nan"),
         (KeyError("oops"), "no sample after 1 steps: KeyError: 'oops'"),
         (MemoryError(), "no sample after 1 steps: MemoryError: MemoryError"),
@@ -122,7 +127,7 @@ def test_a_run_shows_what_its_terminal_has_not(tmp_path: Path, config: TrainConf
     ],
 )
 def test_a_sampler_that_fails_costs_its_sample(
-    tmp_path: Path, config: TrainConfig, error: Exception, said: str
+    tmp_path: Path, config: TrainConfig, error: BaseException, said: str
 ) -> None:
     def fail(*_: object) -> str:
         raise error
@@ -263,12 +268,13 @@ def test_a_stopped_training_has_the_status_of_its_signal(
     assert command([*arguments, "--resume"]) == 0
 
 
-def test_a_training_outlives_head(tmp_path: Path, config: TrainConfig) -> None:
+@pytest.mark.parametrize("where", ["| true; exit ${PIPESTATUS[0]}", ">&-", "> /dev/full"])
+def test_a_training_outlives_its_stdout(tmp_path: Path, config: TrainConfig, where: str) -> None:
     """As a process: its buffers and its exit are part of it."""
     code = "from griffin.cli.main import main; main()"
     arguments = [sys.executable, "-c", code, "train", *settings(config), "--run", str(tmp_path / "run")]
     done = subprocess.run(
-        ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "bash", *arguments],
+        ["bash", "-c", f'"$@" {where}', "bash", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,

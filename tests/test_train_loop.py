@@ -439,7 +439,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, config: TrainConfig, chang
             r"a step of batch_rows=1000000000 x row_tokens=16 tokens.* takes 1,408 GB",
         ),
         ({"grad_accumulation": 10**12}, r"grad_accumulation=1000000000000 takes .* GB, and cpu has"),
-        ({"model": "vocab_size"}, r"training a model of 1,600,000,\d+,\d+ parameters takes 25,600 GB, and cpu has \d"),
+        ({"model": "vocab_size"}, r"training a model of 32,000,\d+,\d+ parameters takes 512 GB, and cpu has \d"),
         ({"train_data": "no.txt"}, "no such file or folder"),
         ({"validation_data": "no.txt"}, "no such file or folder"),
         ({"tokenizer": "nowhere"}, "nowhere"),
@@ -450,7 +450,7 @@ def test_what_the_machine_has_not_is_refused_and_leaves_nothing(
 ) -> None:
     if "model" in changes:
         assert config.model is not None
-        changes = {"model": replace(config.model, vocab_size=10**8 * 1000)}
+        changes = {"model": replace(config.model, vocab_size=2 * 10**9)}
         config = replace(config, batch_rows=1)
     with pytest.raises(GriffinError, match=message):
         run(replace(config, **changes), tmp_path / "made" / "run")
@@ -461,6 +461,15 @@ def test_tensorboard(tmp_path: Path, config: TrainConfig) -> None:
     pytest.importorskip("tensorboard")
     run(replace(config, tensorboard=True), tmp_path / "run")
     assert [path.name[:6] for path in (tmp_path / "run" / "tensorboard").iterdir()] == ["events"]
+
+
+def test_tensorboard_that_is_not_there_is_said_before_anything_is_made(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GriffinError, match="tensorboard=true needs a package"):
+        run(replace(config, tensorboard=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_curve_or_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

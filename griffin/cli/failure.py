@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 
-from griffin.errors import one_line, printable
+from griffin.errors import is_panic, one_line, printable
 
 # PyTorch says these with a bare RuntimeError, as it says our mistakes: known by what its allocators write, only.
 _ALLOCATION = re.compile(
@@ -27,7 +27,7 @@ def explain(error: BaseException) -> str | None:
     """
     if hasattr(error, "format_message"):  # of the command line's library
         return printable(" ".join(error.format_message().split()))
-    if type(error).__module__ == "pyo3_runtime":
+    if is_panic(error):
         return f"a library gave up on this input: {one_line(error)}; use another copy, or a simpler one"
     if isinstance(error, MemoryError):
         return _memory("" if not str(error) else one_line(error))

@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:  # the reader, `head` say, has enough
-        _forget_output()
+        streams.let_go()
         return 1
     except BaseException as error:  # a panic of a library is no Exception
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -67,16 +67,8 @@ def run(arguments: list[str]) -> int:
         if text is None:
             raise
         _say(f"griffin: error: {text}\n")
-        _forget_output()
+        streams.let_go()
         return 2
-
-
-def _forget_output() -> None:
-    """Let go of text that stdout does not take, or Python would try again at the end and say so in its own way."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted() -> int:

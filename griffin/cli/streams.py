@@ -38,6 +38,14 @@ def prepare() -> None:
         _encode(name)
 
 
+def let_go() -> None:
+    """Drop text that stdout does not take, or Python would try again at the end and say so in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check_text(text: str, where: str) -> None:
     """Refuse what came in as bytes that are no text.
 

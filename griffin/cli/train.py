@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from griffin.cli import streams
 from griffin.config import PRESETS, GriffinConfig, griffin_pattern
 from griffin.errors import GriffinError, printable
 
@@ -80,6 +81,7 @@ def train(
         config = override(config, settings or [])
         result = run_training(config, run, resume=resume, sampler=sample, console=console)
         console.print(printable(what_next(config, result)), markup=False, soft_wrap=True)
+    streams.let_go()  # a log that found no room does not make the training a failed one
     if result.signal is not None and not result.finished:
         raise typer.Exit(128 + result.signal)  # what a shell gives a program that the signal ended
 

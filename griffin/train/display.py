@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,16 +49,8 @@ class _Undemanding:
         self._try(self._file.flush)
 
     def _try(self, call: Any, *arguments: str) -> None:
-        try:
+        with suppress(OSError, ValueError, RuntimeError):  # ValueError: closed; RuntimeError: a signal while writing
             call(*arguments)
-        except BrokenPipeError:
-            with suppress(OSError):  # it has no descriptor
-                # Nobody will read again, and what waits in the buffer would fail once more at the end.
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._file.fileno())
-                os.close(nowhere)
-        except (OSError, ValueError, RuntimeError):  # ValueError: closed; RuntimeError: a signal came while writing
-            pass
 
 
 class Display:

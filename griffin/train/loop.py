@@ -16,7 +16,7 @@ from griffin.config import GriffinConfig
 from griffin.data.order import step_rows
 from griffin.data.packing import count_rows, pack
 from griffin.data.prepare import Data, prepare
-from griffin.errors import GriffinError, one_line
+from griffin.errors import GriffinError, is_panic, one_line
 from griffin.files import whole_file
 from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
@@ -25,7 +25,7 @@ from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
-from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
+from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
 from griffin.train.parallel import prepare_blocks
 from griffin.train.snapshot import (
@@ -91,6 +91,8 @@ def train(
         raise GriffinError(
             f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
         )
+    if config.tensorboard:
+        check_tensorboard()
     device = find_device(config.device)
     if config.threads is not None:
         check_threads(config.threads)
@@ -298,7 +300,9 @@ class _Run:
             return
         try:
             text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt)
-        except Exception as error:  # whatever it is: a sample is only shown
+        except BaseException as error:  # whatever it is: a sample is only shown
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             kind = "" if isinstance(error, GriffinError) else f"{type(error).__name__}: "
             self.display.say(f"\nno sample {when}: {kind}{one_line(error)}\n")
             return

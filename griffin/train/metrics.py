@@ -45,8 +45,7 @@ class Metrics:
         self._say, self._unwritten, self._late = say, b"", False
         self._board = None
         if tensorboard:
-            if importlib.util.find_spec("tensorboard") is None:
-                raise GriffinError('tensorboard=true needs a package: pip install "griffin-lm[train]"')
+            check_tensorboard()
             from torch.utils.tensorboard import SummaryWriter  # an optional dependency
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
@@ -92,6 +91,12 @@ class Metrics:
             if not self._late:
                 self._say(f"{METRICS} cannot be written now, and will be later: {one_line(error)}")
             self._late = True
+
+
+def check_tensorboard() -> None:
+    """Raise GriffinError if it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise GriffinError('tensorboard=true needs a package: pip install "griffin-lm[train]"')
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

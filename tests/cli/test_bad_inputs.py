@@ -41,6 +41,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
+        (folder / "model" / "SHA256SUMS").unlink(missing_ok=True)  # made so, and not damaged since
 
     return make
 
