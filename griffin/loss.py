@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin import ops
-from griffin.ops.cross_entropy import NOT_COUNTED
+from griffin.ops.cross_entropy import NOT_COUNTED as NOT_COUNTED
 from griffin.ops.device import own_dtypes
 
 

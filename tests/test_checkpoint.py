@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import griffin
 from griffin import Griffin, GriffinError
-from griffin import checkpoint as module
+from griffin.checkpoint import read, write
+from griffin.checkpoint.describe import describe
 from griffin.checksums import write_sums
 from griffin.fingerprint import of as fingerprint_of
-from griffin.infer.describe import describe
 
 MakeModel = Callable[..., Griffin]
 
@@ -74,8 +74,8 @@ def test_every_tensor_keeps_its_own_dtype(folder: Path) -> None:
 
 def test_sharded_folders(tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    monkeypatch.setattr(module, "_SHARD_BYTES", 60_000)
-    monkeypatch.setattr(module, "_SLAB_BYTES", 1000)
+    monkeypatch.setattr(write, "_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(read, "_SLAB_BYTES", 1000)
     griffin.save(model, tmp_path / "model")
     shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -189,7 +189,7 @@ def test_only_a_model_is_ever_replaced(tmp_path: Path, make_model: MakeModel, na
 def test_all_that_is_written_may_be_replaced(
     folder: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(write, "_SHARD_BYTES", 60_000)
     griffin.save(make_model(seed=5), folder, griffin.Tokenizer.bytes(), overwrite=True)
     assert len(list(folder.iterdir())) == 6 + len(list(folder.glob("model-*-of-*.safetensors")))
     monkeypatch.undo()
@@ -310,9 +310,9 @@ def replace_by_zeros(file: Path) -> None:
 def test_info_refuses_what_loading_refuses(folder: Path, spoil: Callable[[Path], object], message: str) -> None:
     """With the same words, and at once."""
     spoil(folder)
-    for read in (griffin.load, lambda folder: describe(str(folder))):
+    for look in (griffin.load, lambda folder: describe(str(folder))):
         with pytest.raises(GriffinError, match=message):
-            read(folder)
+            look(folder)
 
 
 def test_info_and_loading_read_a_link_to_a_file(folder: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_failed_save_leaves_nothing(folder: Path, make_model: MakeModel, monke
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_tensors", full)
+    monkeypatch.setattr(write, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         griffin.save(make_model(seed=5), folder, overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

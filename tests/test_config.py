@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from griffin import PRESETS, Griffin, GriffinConfig
-from griffin.config_json import config_from_json, config_to_json
+from griffin.checkpoint.config_json import config_from_json, config_to_json
 
 # Parameters without the embedding: (Transformer, Hawk, Griffin). Their rounded values are those of the paper's Table 2
 # shapes with 16 gate blocks and the released code's biases.

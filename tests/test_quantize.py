@@ -15,9 +15,9 @@ from torch import Tensor
 
 import griffin
 from griffin import Griffin, GriffinError, State
-from griffin.config_json import QUANTIZATION
 from griffin.fingerprint import of as fingerprint_of
 from griffin.loss import cross_entropy
+from griffin.quantize import KEY as QUANTIZATION
 from griffin.quantize import Quantization, quantization, quantize, quantized_names
 
 MakeModel = Callable[..., Griffin]
@@ -108,7 +108,7 @@ def test_small_slabs_give_the_same(tmp_path: Path, make_model: MakeModel, monkey
     model = make_model()
     griffin.save(model, tmp_path / "model")
     whole = griffin.load(tmp_path / "model", quantize="int4").state_dict()
-    monkeypatch.setattr("griffin.checkpoint._SLAB_BYTES", 1000)
+    monkeypatch.setattr("griffin.checkpoint.read._SLAB_BYTES", 1000)
     monkeypatch.setattr("griffin.quantize._ROWS_BYTES", 700)
     seen: list[tuple[int, int]] = []
     slabs = griffin.load(tmp_path / "model", quantize="int4", progress=lambda *of: seen.append(of)).state_dict()

@@ -31,7 +31,7 @@ def info(
     """
     import torch  # after --help has been answered
 
-    from griffin.infer.describe import describe
+    from griffin.checkpoint.describe import describe
     from griffin.machine import find_device
     from griffin.ops.device import serving
 

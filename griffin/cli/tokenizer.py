@@ -47,7 +47,7 @@ def train(
         griffin tokenizer train a.txt b.txt.xz --vocab-size 4096 --output my-tokenizer --force
     """
     from griffin.tokenizer import Tokenizer  # after --help has been answered
-    from griffin.tokenizer_files import TOKENIZER_FILES
+    from griffin.tokenizer.files import TOKENIZER_FILES
 
     for name in () if force else TOKENIZER_FILES:  # models and data made with the old one would no longer fit
         if (output / name).exists():

@@ -23,8 +23,7 @@ from griffin.data.text import (
 )
 from griffin.errors import GriffinError
 from griffin.files import whole_folder
-from griffin.tokenizer import Tokenizer
-from griffin.tokenizer_files import load_tokenizer
+from griffin.tokenizer import Tokenizer, load_tokenizer
 
 _PIECE_CHARS = 1 << 16  # encoded in parallel; a piece ends with a line
 _VERSION = 1  # of what is below: another one prepares anew

@@ -21,6 +21,7 @@ from griffin.files import whole_file
 from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
+from griffin.score import Validation
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, going_on, reporting
@@ -37,7 +38,7 @@ from griffin.train.snapshot import (
     remove_leftovers,
     save_snapshot,
 )
-from griffin.train.step import StepResult, Validation, take_step
+from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
 
 MOST_SKIPPED = 100  # in a row: the run has diverged

@@ -9,8 +9,8 @@ import torch
 
 import griffin
 from griffin import PRESETS, Griffin, ops
+from griffin.checkpoint.describe import describe
 from griffin.cli.main import run
-from griffin.infer.describe import describe
 from griffin.ops import device
 from griffin.ops.cpu import library
 from griffin.ops.device import OPS, serving

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from griffin import Griffin, GriffinError, Tokenizer, state_file
-from griffin.chat_template import GEMMA
 from griffin.infer.conversation import METADATA, Conversation
 from griffin.infer.generate import generate
+from griffin.tokenizer.chat_template import GEMMA
 from tests.fuzz import attack
 
 TURNS = ["Hello there!", "What is <end_of_turn> in the middle?", "And 東京?\n", "Bye"]

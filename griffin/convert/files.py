@@ -48,7 +48,7 @@ def read_torch_checkpoint(path: str | Path, *, scratch: str | Path | None = None
         raise GriffinError(f"{path} is not a file; give the .pt file of Google's PyTorch checkpoint")
     with tempfile.TemporaryDirectory(prefix=".griffin-convert-", dir=scratch, ignore_cleanup_errors=True) as folder:
         # -P: the script's folder is this package, whose module names must not hide installed ones.
-        child = [sys.executable, "-P", str(Path(__file__).with_name("convert_child.py")), str(path.resolve()), folder]
+        child = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), str(path.resolve()), folder]
         done = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name

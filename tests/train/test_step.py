@@ -10,13 +10,14 @@ import torch
 from torch.testing import assert_close
 
 from griffin import PRESETS, Griffin, Tokenizer
-from griffin.data.packing import NOT_COUNTED, Batch, pack
+from griffin.data.packing import Batch, pack
 from griffin.data.shards import Shard, open_shard, write_shard
 from griffin.errors import GriffinError
-from griffin.loss import cross_entropy
+from griffin.loss import NOT_COUNTED, cross_entropy
+from griffin.score import Validation
 from griffin.train.config import TrainConfig
 from griffin.train.optim import make_optimizer, set_learning_rate
-from griffin.train.step import Validation, take_step
+from griffin.train.step import take_step
 
 CONFIG = TrainConfig(model=PRESETS["griffin-tiny"], train_data="-", tokenizer="bytes", steps=100)
 

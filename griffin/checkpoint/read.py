@@ -1,45 +1,28 @@
-"""Model folders: config.json, model.safetensors (sharded when large), the tokenizer, generation_config.json.
-
-A folder is Hugging Face's; released RecurrentGemma folders load as they are. Only safetensors and JSON are read. What
-is written here has a SHA256SUMS beside it, and is read only as it was written.
-"""
+"""A model folder read: what it says it holds, checked, then its weights straight into their places."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from griffin.checksums import SUMS, verify, verifying, write_sums
+from griffin.checkpoint.config_json import config_from_json
+from griffin.checkpoint.hub import resolve
+from griffin.checkpoint.layout import CONFIG, EMBEDDING, FINAL_NORM, INDEX, TIED, WEIGHTS, Meta, some
+from griffin.checksums import verifying
 from griffin.config import GriffinConfig
-from griffin.config_json import config_from_json, config_to_json
 from griffin.errors import GriffinError
-from griffin.files import save_tensors, whole_folder
 from griffin.model import Griffin
-from griffin.quantize import Quantization, quantization, quantized_names, read_quantization
+from griffin.quantize import Quantization, quantized_names, read_quantization
 from griffin.quantize import quantize as quantize_model
 from griffin.reading import open_tensors, read_json
-from griffin.tokenizer import Tokenizer
-from griffin.tokenizer_files import load_tokenizer as _load_tokenizer
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
-_SHARD_BYTES = 4 * 2**30
 _SLAB_BYTES = 64 * 2**20  # read and converted at a time
-EMBEDDING, FINAL_NORM = "model.embed_tokens.weight", "model.final_norm.weight"
-TIED = "lm_head.weight"  # some released folders hold the embedding twice
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_Meta = tuple[torch.Size, torch.dtype]
-# All that `save` writes: what may be replaced when a model is.
-_OURS = re.compile(
-    rf"{CONFIG}|{GENERATION}|{SUMS}|model(-\d{{5}}-of-\d{{5}})?\.safetensors|{INDEX}|tokenizer(_config)?\.json"
-)
 
 
 @dataclass(frozen=True)
@@ -49,10 +32,10 @@ class Contents:
     folder: Path
     model: Griffin  # on the meta device: shapes without memory, quantised as the weights are
     form: Quantization | None  # of the stored weights
-    files: Mapping[Path, Mapping[str, _Meta]]  # name -> shape and dtype, by file
+    files: Mapping[Path, Mapping[str, Meta]]  # name -> shape and dtype, by file
 
     @property
-    def stored(self) -> dict[str, _Meta]:
+    def stored(self) -> dict[str, Meta]:
         return {name: meta for metas in self.files.values() for name, meta in metas.items()}
 
     @property
@@ -167,133 +150,9 @@ def _read(
     return model.eval()
 
 
-def save(model: Griffin, path: str | Path, tokenizer: Tokenizer | None = None, *, overwrite: bool = False) -> None:
-    """Write a model folder, whole or not at all. `transformers` opens it where it knows the architecture.
-
-    Args:
-        model: the model.
-        path: the folder; it is made.
-        tokenizer: written beside it; None writes none.
-        overwrite: replace a model folder that is already there.
-
-    Raises:
-        GriffinError: the folder exists and overwrite is False, or holds something that is not a model's.
-    """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps, and names after itself
-    form = quantization(model)
-    write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite, form=form)
-
-
-def load_tokenizer(path_or_hub_id: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model folder or Hugging Face id.
-
-    Raises:
-        GriffinError: there is none, or it is damaged.
-    """
-    folder = resolve(path_or_hub_id)
-    tokenizer = _load_tokenizer(folder)
-    verify(
-        folder, [path.name for path in sorted(folder.iterdir()) if re.match(r"tokenizer|generation|chat_t", path.name)]
-    )
-    return tokenizer
-
-
-def write_folder(
-    path: Path,
-    config: GriffinConfig,
-    tensors: Mapping[str, Tensor],
-    tokenizer: Tokenizer | None,
-    *,
-    overwrite: bool = False,
-    form: Quantization | None = None,
-) -> None:
-    """Write config, tensors (by their names in the file) and tokenizer as a model folder, whole or not at all."""
-    check_place(path, overwrite=overwrite)
-    with whole_folder(path) as folder:
-        write_files(folder, config, tensors, tokenizer, form)
-        write_sums(folder)
-
-
-def check_place(path: Path, *, overwrite: bool) -> None:
-    """Raise GriffinError unless a model folder may be written at `path`: worth asking before hours of work."""
-    if not path.exists():
-        return
-    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None
-    if names == []:
-        return
-    if names is None or CONFIG not in names or not {WEIGHTS, INDEX}.intersection(names):
-        raise GriffinError(f"{path} exists and is not a model folder; choose another place")
-    if not overwrite:
-        raise GriffinError(f"{path} already holds a model; choose another place, or say to overwrite it")
-    if others := [name for name in names if not _OURS.fullmatch(name) or not (path / name).is_file()]:
-        raise GriffinError(
-            f"{path} also holds {_some(others)}, which replacing the model would delete; "
-            "move that away, or choose another place"
-        )
-
-
-def write_files(
-    folder: Path,
-    config: GriffinConfig,
-    tensors: Mapping[str, Tensor],
-    tokenizer: Tokenizer | None,
-    form: Quantization | None = None,
-) -> None:
-    """Write a model's files into a folder that exists (inside `whole_folder`, so that no one sees a part)."""
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in ("bos", "eos", "pad")}
-    stored = tensors[EMBEDDING if form is None else FINAL_NORM].dtype
-    data = config_to_json(
-        config,
-        dtype=str(stored).removeprefix("torch."),
-        special_ids=special,
-        quantization=None if form is None else form.to_json(),
-    )
-    _write_json(folder / CONFIG, data)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        stops = {"eos_token_id": list(tokenizer.stop_ids) or None}
-        _write_json(folder / GENERATION, special | stops)
-    shards = _shards(tensors)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_tensors(part, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 def read_config(folder: Path) -> GriffinConfig:
     """Read config.json of a model folder."""
     return config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
-
-
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """Give the folder itself, or download a Hugging Face repository's model files and give their folder.
-
-    Raises:
-        GriffinError: neither a folder nor a repository that can be had.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    name = str(path_or_hub_id)
-    if path.exists():
-        raise GriffinError(f"{name} is a file; give the model folder it is in")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise GriffinError(f"{name} does not exist; give a model folder or a Hugging Face id such as org/name")
-    from huggingface_hub import snapshot_download  # not needed for folders
-
-    try:
-        wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # many kinds, from many libraries below: network, licence, names
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise GriffinError(
-            f"{name} is no folder here, and the Hugging Face hub did not give it: {reason[0]}"
-        ) from error
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -321,7 +180,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
         held = _names(path)
         if set(held) != set(names):
             odd = sorted(set(held) ^ set(names))
-            raise GriffinError(f"{path} and {index.name} disagree about {_some(odd)}; use another copy")
+            raise GriffinError(f"{path} and {index.name} disagree about {some(odd)}; use another copy")
     return files
 
 
@@ -330,10 +189,10 @@ def _names(file: Path) -> list[str]:
         return list(handle.keys())
 
 
-def _describe(file: Path, names: list[str]) -> dict[str, _Meta]:
+def _describe(file: Path, names: list[str]) -> dict[str, Meta]:
     kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     kinds |= {"I8": torch.int8, "U8": torch.uint8}  # of quantised weights; _check_kinds sees where they stand
-    metas: dict[str, _Meta] = {}
+    metas: dict[str, Meta] = {}
     with open_tensors(file) as handle:
         for name in names:
             view = handle.get_slice(name)
@@ -343,7 +202,7 @@ def _describe(file: Path, names: list[str]) -> dict[str, _Meta]:
     return metas
 
 
-def _slabs(file: Path, metas: Mapping[str, _Meta]) -> Iterator[tuple[str, slice, Tensor]]:
+def _slabs(file: Path, metas: Mapping[str, Meta]) -> Iterator[tuple[str, slice, Tensor]]:
     """Yield (name, rows, tensor) of at most _SLAB_BYTES each.
 
     The file is mapped anew after every few slabs: pages that were read count as this process's memory while mapped.
@@ -372,8 +231,8 @@ def _check_depth(folder: Path, config: GriffinConfig, names: Mapping[str, object
 def _check_names(folder: Path, expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Size]) -> None:
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
-        lacks = f" lacks {_some(missing)}" if missing else ""
-        extra = f" has {_some(unknown)}, which the model does not" if unknown else ""
+        lacks = f" lacks {some(missing)}" if missing else ""
+        extra = f" has {some(unknown)}, which the model does not" if unknown else ""
         raise GriffinError(
             f"{folder}{lacks}{' and' if missing and unknown else ''}{extra}; config.json is of another model"
         )
@@ -395,7 +254,7 @@ def _original(name: str) -> str:
     return re.sub(r"\.weight_(q|scale)$", ".weight", name)
 
 
-def _check_tied(file: Path, meta: _Meta, embedding: _Meta, embedding_file: Path) -> None:
+def _check_tied(file: Path, meta: Meta, embedding: Meta, embedding_file: Path) -> None:
     """lm_head.weight is read only to see that it is the embedding."""
     same = meta == embedding and all(
         torch.equal(head, row)
@@ -405,23 +264,3 @@ def _check_tied(file: Path, meta: _Meta, embedding: _Meta, embedding_file: Path)
     )
     if not same:
         raise GriffinError(f"{file}: lm_head.weight differs from the embedding; untied models are not supported")
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > _SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _write_json(file: Path, data: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -19,11 +19,9 @@ from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from griffin import chat_template
 from griffin.cli.tokenizer import app, read_text
 from griffin.errors import GriffinError
-from griffin.tokenizer import Tokenizer
-from griffin.tokenizer_files import load_tokenizer
+from griffin.tokenizer import Tokenizer, chat_template, load_tokenizer
 
 SENTENCES = [
     "The recurrence keeps a state of fixed size, whatever the length of the text.",
@@ -626,7 +624,7 @@ def test_train_command_names_bad_files(tmp_path: Path, name: str, content: bytes
 
 @pytest.fixture(scope="module")
 def gemma_file() -> Path:
-    default = Path(__file__).parents[1] / ".cache/gemma.model"
+    default = Path(__file__).parents[2] / ".cache/gemma.model"
     path = Path(os.environ.get("GRIFFIN_GEMMA_TOKENIZER", default))
     if not path.is_file():
         pytest.skip(

@@ -10,11 +10,11 @@ from typing import Any
 
 import tokenizers
 
-from griffin import chat_template
 from griffin.errors import GriffinError
 from griffin.reading import check_regular, read_json, read_text
-from griffin.token_text import library_errors
-from griffin.tokenizer import Tokenizer
+from griffin.tokenizer import chat_template
+from griffin.tokenizer.token_text import library_errors
+from griffin.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there counts
 MOST_GROWTH = 1000  # times that a text may become longer before it is cut; in released folders it is below 50
@@ -56,7 +56,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     template = _chat_template(beside, config)
     if file.suffix == ".model":
-        from griffin.sentencepiece import convert  # only Google's own folders have this kind of file
+        from griffin.tokenizer.sentencepiece import convert  # only Google's own folders have this kind of file
 
         backend, defaults = convert(file)
         if template is None and backend.token_to_id("<start_of_turn>") is not None:

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from griffin import template_source
 from griffin.errors import GriffinError
-from griffin.template_process import TemplateProcess
-from griffin.token_text import check_characters
+from griffin.tokenizer import template_source
+from griffin.tokenizer.template_process import TemplateProcess
+from griffin.tokenizer.token_text import check_characters
 
 # Gemma's dialogue: no system role, user and model in turns, contents trimmed.
 GEMMA = (

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from griffin.checkpoint import check_place, write_folder
 from griffin.config import BlockType, EmbeddingScale, GriffinConfig
+from griffin.convert.files import flax_to_google, read_flax_checkpoint, read_google, read_torch_checkpoint
+from griffin.convert.names import EMBEDDING, LAYER, entries, google_shape, sizes
 from griffin.errors import GriffinError
-from griffin.google_files import flax_to_google, read_flax_checkpoint, read_google, read_torch_checkpoint
-from griffin.google_names import EMBEDDING, LAYER, entries, google_shape, sizes
-from griffin.tokenizer_files import load_tokenizer
+from griffin.tokenizer import load_tokenizer
 
 __all__ = [
     "convert",

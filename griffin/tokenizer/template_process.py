@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from griffin import template_child
 from griffin.errors import GriffinError
+from griffin.tokenizer import template_child
 
 WALL_SECONDS = 30.0  # the child's own limit is of CPU time, which a busy machine may take long to give
 

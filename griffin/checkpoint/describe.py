@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from griffin import checkpoint
+from griffin.checkpoint.hub import load_tokenizer
+from griffin.checkpoint.layout import CONFIG
+from griffin.checkpoint.read import inspect
 from griffin.checksums import verify
 from griffin.config import PRESETS, GriffinConfig
 from griffin.model import Griffin
@@ -41,10 +43,10 @@ def describe(name: str, dtype: torch.dtype | None = None) -> Description:
     if name in PRESETS and not Path(name).exists():
         config, stored, tokenizer, form = PRESETS[name], torch.float32, "none: a preset has no weights", None
     else:
-        contents = checkpoint.inspect(name)
+        contents = inspect(name)
         config, stored, form = contents.model.config, contents.activation_dtype, contents.form
-        tokens = checkpoint.load_tokenizer(contents.folder)
-        verify(contents.folder, [checkpoint.CONFIG])
+        tokens = load_tokenizer(contents.folder)
+        verify(contents.folder, [CONFIG])
         template = "no chat template" if tokens.chat_template is None else "a chat template"
         tokenizer = f"{tokens.vocab_size:,} ids, {template}, stop ids {', '.join(map(str, tokens.stop_ids)) or 'none'}"
     dtype = dtype or stored

@@ -18,11 +18,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from griffin.chat_template import ChatTemplate, Rendered
 from griffin.errors import GriffinError
 from griffin.files import whole_file
-from griffin.token_text import TextStream as TextStream
-from griffin.token_text import TextTable, byte_letters, check_characters, library_errors, piece_decoder
+from griffin.tokenizer.chat_template import ChatTemplate, Rendered
+from griffin.tokenizer.token_text import TextStream as TextStream
+from griffin.tokenizer.token_text import TextTable, byte_letters, check_characters, library_errors, piece_decoder
 
 # Tokens that end a turn without being the vocabulary's eos: Gemma's, ChatML's, Llama 3's.
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")

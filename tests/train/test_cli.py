@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import griffin
+from griffin.checkpoint.config_json import is_standard
 from griffin.cli.main import run
 from griffin.cli.train import for_text, load_recipe
-from griffin.config_json import is_standard
 from griffin.errors import GriffinError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ["model.width=16", "model.num_heads=2", "model.num_gate_blocks=2", "model.mlp_width=16", "model.lru_width=16"]
 TINY += ["steps=4", "warmup_steps=1", "row_tokens=16", "validation_rows=2", "threads=1", "log_every=1"]
 SMALL = [argument for setting in TINY for argument in ("--set", setting)]

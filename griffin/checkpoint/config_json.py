@@ -8,13 +8,13 @@ from typing import Any
 
 from griffin.config import MOST_LAYERS, MOST_SIZE, GriffinConfig
 from griffin.errors import GriffinError
+from griffin.quantize import KEY as QUANTIZATION
 
 # Architectures that transformers' RecurrentGemmaForCausalLM computes exactly get its model type; every other gets ours,
 # which transformers refuses instead of computing something else.
 HF_MODEL_TYPE, OWN_MODEL_TYPE = "recurrent_gemma", "griffin"
 
 # How the weights are stored, {"bits": 8} or {"bits": 4, "group": 128}; griffin/quantize.py reads it.
-QUANTIZATION = "griffin_quantization"
 
 # Keys whose one value is built in, or is the one that changes nothing: any other would be another model, or text of
 # other tokens than we would choose.

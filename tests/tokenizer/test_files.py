@@ -15,10 +15,9 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from griffin.errors import GriffinError
-from griffin.tokenizer import Tokenizer
-from griffin.tokenizer_files import load_tokenizer
+from griffin.tokenizer import Tokenizer, load_tokenizer
 from tests.fuzz import attack
-from tests.test_tokenizer import SENTENCES, sentencepiece_model
+from tests.tokenizer.test_tokenizer import SENTENCES, sentencepiece_model
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 MESSAGES = [{"role": "user", "content": "hello"}]
