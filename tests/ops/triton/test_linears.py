@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 
 from griffin.ops.triton import linears
 
-# Triton's interpreter takes arrays of one for numbers.
 MakeModel = Callable[..., Griffin]
 GROUPS = [None, 32, 64, 128]
 # (rows, K, O): every count of rows with some odd K and O.

@@ -20,7 +20,6 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from griffin.ops.triton import recurrent_step
 
-# Triton's interpreter takes arrays of one for numbers.
 MakeModel = Callable[..., Griffin]
 NAMES = (
     *("x", "y", "conv_weight", "conv_bias", "input_gate_weight", "input_gate_bias"),
