@@ -214,7 +214,7 @@ class Generation:
     @torch.no_grad()
     def _next(self, ids: list[int]) -> Choice:
         """Let the model read one token of each row, and choose the next."""
-        tokens = torch.tensor(ids, device=self._state.position.device)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self._state.position.device)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         self._draw()

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from griffin.ops.cpu import library
 
@@ -103,7 +104,8 @@ def kernels(op: str, *tensors: Tensor | None, size: int | None = None, traced: b
     """Give the module whose functions serve an op for these tensors, or None: its definition does.
 
     fp64 is never served: there, PyTorch's operations are the reference. Nor are tensors that only stand for others
-    (fake ones, distributed ones), nor what torch.compile or torch.jit trace.
+    (fake ones, distributed ones), nor what PyTorch watches
+    (compiles, traces, vectorises, differentiates forward).
 
     Args:
         op: a name in OPS.
@@ -144,7 +146,13 @@ def stands_for_others(tensor: Tensor) -> bool:
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    """Whether PyTorch watches its operations to compile, trace, vectorise or differentiate them forward.
+
+    Of a kernel it would see nothing.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def own_dtypes(device: torch.device) -> AbstractContextManager[object]:

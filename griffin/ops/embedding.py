@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.ops import device
-from griffin.ops.quantized import dequantize
+from griffin.ops.quantized import check_quantized, dequantize
 
 
 def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
@@ -23,6 +23,9 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
         (..., D) in dtype.
 
     Gradient for weight.
+
+    Raises:
+        ValueError: a token is no row, or none is a whole number: of a kernel. PyTorch says IndexError or RuntimeError.
     """
     kernels = device.kernels("embed", weight, tokens)
     if kernels is not None and dtype in kernels.DTYPES:
@@ -40,11 +43,12 @@ def quantized_embed(
     scale: float | None = None,
 ) -> Tensor:
     """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
+    check_quantized(q, scales, in_width, group)
     kernels = device.kernels("quantized_embed", scales, tokens, q)
     if kernels is not None and dtype in kernels.DTYPES:
         return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)  # type: ignore[no-any-return]
-    flat = tokens.flatten()
-    rows = dequantize(q[flat], scales[flat], in_width, group).to(dtype)
+    flat = tokens.flatten()  # (not q[flat]: there -1 would be the last row)
+    rows = dequantize(q.index_select(0, flat), scales.index_select(0, flat), in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)
 
 

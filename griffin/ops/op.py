@@ -77,8 +77,10 @@ class _Differentiable(torch.autograd.Function):
         return result  # type: ignore[no-any-return]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # It is computed without a graph. PyTorch's once_differentiable would not say so where dy has none.
+            raise RuntimeError("a kernel's gradient has no derivative: call backward without create_graph=True")
         tensors = iter(ctx.saved_tensors)
         kept = [
             next(tensors) if is_one else number for is_one, number in zip(ctx.are_tensors, ctx.numbers, strict=True)

@@ -12,6 +12,9 @@ from griffin.ops.op import opaque
 from griffin.ops.scan import initial_state, reverse_scan, scan
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
+# The least divisor in the gradient of the square root. Without a bound, where a = 1 (padding), it would be 0, and the 0
+# that it divides would make NaN.
+LEAST = 1e-18
 
 
 def rg_lru(
@@ -112,7 +115,9 @@ def _rg_lru_backward(
     dx = gx * i
     d_input_gate = gx * ix * (1 - i)
     dlog_a = g * a * _earlier_states(a, scale * ix, chunk_states)
-    through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(max_sqrt_gradient**-2).sqrt_()
+    if reset is not None:
+        dlog_a.masked_fill_(reset[..., None], 0.0)  # what is forgotten may be NaN
+    through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(max(max_sqrt_gradient**-2, LEAST**2)).sqrt_()
     if reset is not None and unscaled_first_token:
         through_scale.masked_fill_(reset[..., None], 0.0)
     dlog_a.sub_(through_scale, alpha=2)
@@ -124,7 +129,7 @@ def _rg_lru_backward(
         d_input_gate.to(x.dtype),
         d_recurrent_gate.to(x.dtype),
         dp.to(recurrent_param.dtype),
-        a[:, 0] * g[:, 0],
+        torch.where(a[:, 0] == 0, 0, a[:, 0] * g[:, 0]),
     )
 
 
@@ -201,5 +206,5 @@ def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor) -> Tensor:
     for tensors, h in ((side_by_side, chunk_states[:, :chunks]), (rest, chunk_states[:, -1])):
         for a_t, b_t, before_t in zip(*(t.unbind(-2) for t in tensors), strict=True):
             before_t.copy_(h)
-            h = torch.addcmul(b_t, a_t, h)
+            h = torch.addcmul(b_t, a_t, torch.where(a_t == 0, 0, h))
     return before

@@ -93,9 +93,17 @@ def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 def scan(a: Tensor, b: Tensor, h0: Tensor, *, wide: int = _WIDE) -> Tensor:
     """Give h with h_t = a_t h_{t-1} + b_t: (B, T, R), all arguments of one dtype, no gradient.
 
-    `wide` is the number B * R from which the loop over time is taken as it stands; below it, whole chunks run side by
-    side from zero and are then corrected by (product of a) * (state before the chunk). Both take linear time.
+    An a_t of 0 forgets the past, NaN and infinity too. `wide` is the number B * R from which the loop over time is
+    taken as it stands; below it, whole chunks run side by side from zero and are then corrected by (product of a) *
+    (state before the chunk). Both take linear time.
     """
+    h = _scan(a, b, h0, wide)
+    if not h.isfinite().all() and (a == 0).any():
+        _loop(a, b, h0, h, forgets=True)
+    return h
+
+
+def _scan(a: Tensor, b: Tensor, h0: Tensor, wide: int) -> Tensor:
     B, T, R = b.shape
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
     chunks = T // CHUNK
@@ -126,10 +134,18 @@ def reverse_scan(a: Tensor, dy: Tensor, dh_last: Tensor, *, wide: int = _WIDE) -
     torch.add(dy_steps[-1], dh_last, out=g_steps[-1])
     for t in reversed(range(T - 1)):
         torch.addcmul(dy_steps[t], a_steps[t + 1], g_steps[t + 1], out=g_steps[t])
+    if not g.isfinite().all() and (a == 0).any():
+        for t in reversed(range(T - 1)):
+            g_steps[t].copy_(dy_steps[t] + torch.where(a_steps[t + 1] == 0, 0, a_steps[t + 1] * g_steps[t + 1]))
     return g
 
 
-def _loop(a: Tensor, b: Tensor, h: Tensor, out: Tensor) -> None:
-    """Write the definition into `out`: time is the last axis but one, h the state before it."""
+def _loop(a: Tensor, b: Tensor, h: Tensor, out: Tensor, *, forgets: bool = False) -> None:
+    """Write the definition into `out`: time is the last axis but one, h the state before it.
+
+    With `forgets`, an a_t of 0 also hides an h that is not finite: 0 * NaN is NaN.
+    """
     for a_t, b_t, out_t in zip(a.unbind(-2), b.unbind(-2), out.unbind(-2), strict=True):
+        if forgets:
+            h = torch.where(a_t == 0, 0, h)
         h = torch.addcmul(b_t, a_t, h, out=out_t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from griffin.ops import causal_conv1d, linear_scan, rg_lru
+from griffin.ops import causal_conv1d, geglu, linear_scan, local_attention, rg_lru, rms_norm, rope, rope_table
+from griffin.ops.cpu import library
 from griffin.ops.scan import scan
 from tests.ops import reference
 
@@ -206,3 +209,58 @@ def test_errors_say_what_does_not_fit() -> None:
         rg_lru(x, x.bfloat16(), x, torch.zeros(4))
     with pytest.raises(ValueError, match="state is"):
         causal_conv1d(x, torch.zeros(4, 4), torch.zeros(4), torch.zeros(2, 2, 4))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gate_closed_by_padding_has_no_gradient_without_a_bound(dtype: torch.dtype, kernels: bool) -> None:
+    """There a = 1: the square root's derivative is unbounded, and what it is multiplied with is 0."""
+    x, p = torch.randn(1, 2, 3, dtype=dtype), torch.randn(3, dtype=dtype, requires_grad=True)
+    gate = torch.zeros(1, 2, 3, dtype=dtype)
+    gate[:, 1] = -torch.inf
+    with contextlib.nullcontext() if kernels else library.without_kernels():
+        y, _ = rg_lru(x, x, gate, p, max_sqrt_gradient=None)
+        (found,) = torch.autograd.grad(y[:, 0].sum(), p)
+        y, _ = rg_lru(x[:, :1], x[:, :1], gate[:, :1], p, max_sqrt_gradient=None)
+        (wanted,) = torch.autograd.grad(y.sum(), p)
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("place", ["h0", "x"])
+@pytest.mark.parametrize("T", [5, 200])
+def test_what_a_reset_forgets_may_be_nan(T: int, place: str, kernels: bool) -> None:
+    start = T - 3
+    x, h0, p = torch.randn(2, T, 3), torch.randn(2, 3), torch.randn(3)
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[0, start] = True
+    spoiled_x, spoiled_h0 = x.clone(), h0.clone()
+    (spoiled_h0 if place == "h0" else spoiled_x[:, 1]).fill_(torch.nan)
+    results = []
+    with contextlib.nullcontext() if kernels else library.without_kernels():
+        for given, state in ((spoiled_x, spoiled_h0), (x, h0)):
+            leaves = [t.clone().requires_grad_() for t in (given, given, given)]
+            y, last = rg_lru(*leaves, p, state, reset)
+            grads = torch.autograd.grad(y[0, start:].sum() + last[0].sum(), leaves)
+            results.append([y, last[:1], *(grad[0, start:] for grad in grads)])
+    found, wanted = results
+    assert found[0][1].isnan().any()
+    found[0], wanted[0] = found[0][0, start:], wanted[0][0, start:]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_second_derivatives_are_refused_not_dropped() -> None:
+    """A gradient penalty on a kernel's gradient would count for nothing."""
+    x, y = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(1, 4, 2, 8, requires_grad=True)
+    cos, sin = rope_table(torch.arange(4)[None], 8)
+    runs = (
+        lambda: rms_norm(x, torch.zeros(8), 1e-6),
+        lambda: geglu(x, y),
+        lambda: rope(x, cos, sin),
+        lambda: local_attention(x, y, y, torch.arange(4)[None], 2),
+        lambda: rg_lru(x[0], x[0], x[0], torch.zeros(8))[0],
+    )
+    for run in runs:
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(torch.autograd.grad(run().sum(), x, create_graph=True)[0].sum(), x)

@@ -153,7 +153,9 @@ def _summary_kernel(
         starts = _starts(reset, row, t0, T, RESETS, BT)
         ix = _input(x, input_gate, at, live)
         _, a, s = _decay(recurrent_gate, rate, at, live)
-        p, h = tiles.extend(p, h, tl.where(starts, float("-inf"), a), tl.where(starts & UNSCALED, 1.0, s) * ix, False, BT)
+        p, h = tiles.extend(
+            p, h, tl.where(starts, float("-inf"), a), tl.where(starts & UNSCALED, 1.0, s) * ix, False, BT
+        )
     at = (row * splits + split) * R + channels
     tl.store(product + at, p, mask=channels < R)
     tl.store(from_zero + at, h, mask=channels < R)

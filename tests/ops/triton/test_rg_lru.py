@@ -154,7 +154,7 @@ def test_what_a_reset_forgets_may_be_nan(span: int, place: str, monkeypatch: pyt
     found = results(lambda *leaves: rg_lru(*leaves, reset), [t.float() for t in inputs], flows)[2:5]
     for grad, expected in zip(found, wanted, strict=True):
         assert torch.equal(grad[0, :start], expected[0, :start])
-        assert grad[1, : 150, 0].isnan().all()
+        assert grad[1, :150, 0].isnan().all()
 
 
 def test_no_digit_is_lost_near_a_of_zero_and_one() -> None:
