@@ -97,13 +97,18 @@ def pieces(parts: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
         text += part
         at = 0
         while len(text) - at > size:  # the character behind a piece decides, too
-            found = _BREAK.match(text, at + 1, at + size + 1)
-            end = found.end() if found else at + size
+            end = sure_break(text, at, at + size) or at + size
             yield text[at:end]
             at = end
         text = text[at:]
     if text:
         yield text
+
+
+def sure_break(text: str, start: int, end: int) -> int | None:
+    """Return the last place after `start`, up to `end` < len(text), where SPLIT cuts whatever stands around."""
+    found = _BREAK.match(text, start + 1, end + 1)
+    return found.end() if found else None
 
 
 def _until(stopped: Event, texts: Iterable[str]) -> Iterator[str]:
