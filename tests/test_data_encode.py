@@ -197,7 +197,7 @@ def test_a_long_run_keeps_no_more_than_its_windows(
 
         monkeypatch.setattr(tokenizer, "encodings", spy)
         for run in ("a", "1", " ", "\n", "ab", "ACGT", "=", "word "):
-            list(encode_documents(tokenizer, [Part(0, run * (200_000 // len(run)))]))
+            list(encode_documents(tokenizer, [Part(0, "so: " + run * (200_000 // len(run)))]))
         assert max(lengths) <= encode.WINDOW_CHARS + encode.OVERLAP_CHARS, kind
         monkeypatch.undo()
 

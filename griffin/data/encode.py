@@ -1,8 +1,8 @@
 """Documents of any length to ids in bounded memory: encoded in windows, in parallel, and joined.
 
 The ids are those of the whole document, wherever the windows are cut. With a vocabulary of ours, a window ends where
-its pre-tokenizer is sure to cut. Other windows overlap, and are joined where both, and their overlap encoded on its own,
-have the same tokens, at one of two kinds of places:
+its pre-tokenizer is sure to cut. Other windows overlap, and are joined where both, and their overlap encoded on its
+own, have the same tokens, at one of two kinds of places:
 
 - Between two words of the pre-tokenizer. It goes from left to right: from a place on where two begin a word, they cut
   alike. The window on the left cannot know what follows it, the one on the right can, and both say the same.
