@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +174,14 @@ def _read_meta(file: Path) -> ShardMeta:
         raise GriffinError(f"{file} is missing: {file.parent} is not a folder of tokens")
     data = read_json(file, mend=AGAIN)
     if data.get("format") != FORMAT:
-        raise GriffinError(f"{file} is of format {data.get('format')!r}; this version reads {FORMAT!r}")
+        raise GriffinError(f"{file} is of format {str(data.get('format'))[:40]!r}; this version reads {FORMAT!r}")
     expected = data.pop(SHA256, None)  # shards of earlier versions have none
-    try:
-        meta = ShardMeta(**data)
-    except TypeError as error:
-        raise GriffinError(f"{file} does not have the keys of {FORMAT} ({error}); {AGAIN}") from error
+    if data.keys() != (keys := {field.name for field in fields(ShardMeta)}):
+        lacking, more = ", ".join(sorted(keys - data.keys())), len(data.keys() - keys)
+        raise GriffinError(
+            f"{file} does not have the keys of {FORMAT} (it lacks {lacking or 'none'}, and has {more} others); {AGAIN}"
+        )
+    meta = ShardMeta(**data)
     counts = (meta.num_documents, meta.num_tokens, meta.num_bytes, meta.vocab_size)
     texts = (meta.dtype, meta.tokenizer, meta.tokens_sha256, meta.documents_sha256)
     if (
