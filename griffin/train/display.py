@@ -70,18 +70,23 @@ def reporting(console: Console) -> Iterator[Report]:
         refresh_per_second=4,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("")
+    task = None
+    shown = ""
     began = time.monotonic()
     started = False
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal started
+        nonlocal started, task, shown
         if not started and time.monotonic() - began > PATIENCE_S:
             started = True
             bar.start()
             if not console.is_terminal:
                 console.print(f"{what} ...", markup=False)
-        bar.update(task, description=what, completed=done, total=total or None)
+        if task is None or what != shown:  # with a speed of its own, and maybe no total
+            if task is not None:
+                bar.remove_task(task)
+            task, shown = bar.add_task(what, total=total or None), what
+        bar.update(task, completed=done)
 
     try:
         yield report
