@@ -16,10 +16,11 @@ from itertools import groupby
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from griffin.errors import GriffinError
 from griffin.files import whole_file
+from griffin.tokenizer.bpe import learn_bpe
 from griffin.tokenizer.chat_template import ChatTemplate, Rendered
 from griffin.tokenizer.token_text import TextStream as TextStream
 from griffin.tokenizer.token_text import TextTable, byte_letters, check_characters, library_errors, piece_decoder
@@ -27,12 +28,6 @@ from griffin.tokenizer.token_text import TextTable, byte_letters, check_characte
 # Tokens that end a turn without being the vocabulary's eos: Gemma's, ChatML's, Llama 3's.
 TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 
-# Words with the one sign before them, numbers by up to three digits, punctuation, line breaks, other blanks. Whatever
-# no branch takes stays as it is, so nothing is lost.
-SPLIT = (
-    r"['’](?i:[sdmt]|ll|ve|re)(?!\p{L})|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")  # always control tokens where the vocabulary has them
 TRAINED_SPECIALS = ("<pad>", "<eos>", "<bos>", *TURN_TOKENS)
 
@@ -135,13 +130,24 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, bos: bool = True) -> list[list[int]]:
         """Return `encode` of each text, computed in parallel."""
         try:
-            with library_errors("this tokenizer fails on a text"):
-                batch = [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+            batch = [each.ids for each in self.encodings(texts)]
         except TypeError:
             batch = [self._ids(text, False) for text in texts]  # which says what is wrong with which text
-        for ids in batch:
-            self._refuse_control(ids)
         return [self._whole(ids) for ids in batch] if bos else batch
+
+    def encodings(self, texts: Sequence[str], *, offsets: bool = False) -> list[tokenizers.Encoding]:
+        """Return the backend's own `Encoding` of each text, without BOS: the ids, and which word each is a part of.
+
+        Args:
+            texts: without lone surrogates.
+            offsets: also which characters each token stands for; that takes twice as long.
+        """
+        encode = self._plain.encode_batch if offsets else self._plain.encode_batch_fast
+        with library_errors("this tokenizer fails on a text"):
+            encodings = encode(list(texts), add_special_tokens=False)
+        for encoding in encodings:
+            self._refuse_control(encoding.ids)
+        return encodings
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -258,30 +264,9 @@ class Tokenizer:
         where `texts` has too few pairs that occur twice.
 
         Raises:
-            GriffinError: `vocab_size` has no room for the bytes and the special tokens.
+            GriffinError: `vocab_size` has no room for the bytes and the special tokens, or is above a million.
         """
-        least = 256 + len(TRAINED_SPECIALS)
-        if vocab_size < least:
-            raise GriffinError(
-                f"vocabulary size {vocab_size} is too small: 256 bytes and {len(TRAINED_SPECIALS)} special tokens "
-                f"need {least}; ask for {least} or more"
-            )
-        backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=list(TRAINED_SPECIALS),
-            initial_alphabet=byte_letters(),
-            show_progress=show_progress,
-        )
-        backend.train_from_iterator(texts, trainer)
+        backend = learn_bpe(texts, vocab_size, TRAINED_SPECIALS, show_progress=show_progress)
         return cls(backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=chat_template)
 
     def _whole(self, ids: list[int]) -> list[int]:

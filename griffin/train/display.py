@@ -8,7 +8,16 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from griffin.data.text import Report
 from griffin.errors import printable
@@ -93,24 +102,31 @@ def reporting(console: Console) -> Iterator[Report]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeElapsedColumn(),
         console=console,
         transient=True,
         refresh_per_second=4,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("")
+    task = None
+    shown = ""
     began = time.monotonic()
     started = False
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal started
+        nonlocal started, task, shown
         if not started and time.monotonic() - began > PATIENCE_S:
             started = True
             bar.start()
             if not console.is_terminal:
                 console.print(f"{what} ...", markup=False)
-        bar.update(task, description=what, completed=done, total=total or None)
+        if task is None or what != shown:  # with a speed of its own, and maybe no total
+            if task is not None:
+                bar.remove_task(task)
+            task, shown = bar.add_task(what, total=total or None), what
+        bar.update(task, completed=done)
 
     try:
         yield report

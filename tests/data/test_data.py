@@ -14,12 +14,14 @@ from griffin.data.order import permute, step_rows
 from griffin.data.packing import count_rows, pack
 from griffin.data.shards import Shard, ShardMeta, open_shard, write_shard
 from griffin.errors import GriffinError
+from tests.fuzz import attack
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=23), min_size=1, max_size=12)
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 100) -> ShardMeta:
-    return write_shard(folder, documents, vocab_size=vocab_size, tokenizer="abc", count_bytes=len)
+    parts = ((number, ids, len(ids)) for number, ids in enumerate(documents))
+    return write_shard(folder, parts, vocab_size=vocab_size, tokenizer="abc")
 
 
 def in_memory(documents: list[list[int]]) -> Shard:
@@ -167,7 +169,8 @@ def test_changed_bytes_are_found(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ('{"format": "other"}', "is of format 'other'"),
         ('{"format": "griffin-shard-1"}', "does not have the keys"),
-        ("[]", "is of format None"),
+        ("[]", "holds a list"),
+        ("[" * 200_000, "nested more than 100 deep"),
     ],
 )
 def test_a_foreign_meta_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -175,6 +178,43 @@ def test_a_foreign_meta_is_refused(tmp_path: Path, content: str, message: str) -
     (tmp_path / "s" / "meta.json").write_text(content)
     with pytest.raises(GriffinError, match=message):
         open_shard(tmp_path / "s")
+
+
+@pytest.mark.parametrize("key", ["num_bytes", "vocab_size"])
+def test_a_changed_meta_is_found_and_one_of_an_earlier_version_is_not_asked(tmp_path: Path, key: str) -> None:
+    meta = write(tmp_path / "s", [[1, 2, 3], [4]])
+    file = tmp_path / "s" / "meta.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {key: content[key] + 1}))
+    with pytest.raises(GriffinError, match=r"meta\.json has changed since it was written"):
+        open_shard(tmp_path / "s")
+    del content["sha256"]  # shards had none once
+    file.write_text(json.dumps(content))
+    assert open_shard(tmp_path / "s").meta == meta
+
+
+@pytest.mark.slow
+def test_fuzz_a_shard(tmp_path: Path) -> None:
+    write(tmp_path / "s", [[1, 2, 3], [4], [5] * 50])
+
+    def read() -> tuple[ShardMeta, list[int], list[int]]:
+        shard = open_shard(tmp_path / "s")
+        shard.verify()
+        return shard.meta, shard.tokens.tolist(), shard.starts.tolist()
+
+    expected = read()
+    files = [tmp_path / "s" / name for name in ("meta.json", "documents.idx", "tokens.bin")]
+    counts = attack(files, read, lambda found: found == expected)
+    assert counts["refused"] > 100
+
+
+def test_a_document_in_parts_is_one(tmp_path: Path) -> None:
+    parts = [(0, [1, 2], 2), (0, [], 1), (0, [3], 0), (3, [], 0), (7, [4], 1)]
+    meta = write_shard(tmp_path / "s", parts, vocab_size=100, tokenizer="abc")
+    shard = open_shard(tmp_path / "s")
+    assert (shard.tokens.tolist(), shard.starts.tolist(), meta.num_bytes) == ([1, 2, 3, 4], [0, 3, 4], 4)
+    again = write(tmp_path / "again", [[1, 2, 3], [4]])
+    assert again == meta
 
 
 def test_document_starts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def _one_thread() -> Iterator[None]:
 def shard_of(folder: Path, lengths: list[int]) -> Shard:
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
-    write_shard(folder / "s", documents, vocab_size=259, tokenizer="", count_bytes=len)
+    parts = ((number, ids, len(ids)) for number, ids in enumerate(documents))
+    write_shard(folder / "s", parts, vocab_size=259, tokenizer="")
     return open_shard(folder / "s")
 
 
@@ -129,7 +130,8 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tmp_path: Path) -> None:
     tokenizer = Tokenizer.bytes()
     text = "é, and two bytes\n" * 5
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
-    write_shard(tmp_path / "s", [ids, ids], vocab_size=259, tokenizer="", count_bytes=tokenizer.token_bytes)
+    parts = [(number, ids, tokenizer.token_bytes(ids)) for number in range(2)]
+    write_shard(tmp_path / "s", parts, vocab_size=259, tokenizer="")
     model = Griffin(PRESETS["griffin-tiny"])
     with torch.no_grad():
         model.embedding.zero_()  # every logit is 0
