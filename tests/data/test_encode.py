@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from griffin import bpe
 from griffin.data import encode
 from griffin.data.encode import encode_documents
 from griffin.data.text import Part
-from griffin.tokenizer import Tokenizer, load_tokenizer
+from griffin.tokenizer import Tokenizer, bpe, load_tokenizer
 from griffin.tokenizer.token_text import byte_letters
 from tests.test_tokenizer import SENTENCES, sentencepiece_model
 
