@@ -179,7 +179,7 @@ _library.define(
 @torch.library.impl(_library, "local_attention_cuda", "CompositeImplicitAutograd")
 def _local_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None, *cut: Any) -> Tensor:
     kernels = device.kernels("local_attention", q, k, v, size=q.shape[3], traced=True)
-    if kernels is None:
+    if kernels is None or not q.numel():
         return _local_attention(q, k, v, positions, window)
     return kernels.flash_attention(q, k, v, positions, window, *cut)[0]  # type: ignore[no-any-return]
 

@@ -88,7 +88,7 @@ def summary(
         span: tokens of a span, a multiple of CHUNK; the last span may be shorter.
 
     Returns:
-        a: (B, ceil(T / span), R) fp32, the product of a over the span: -inf if a document starts in it.
+        a: (B, ceil(T / span), R) fp32, the product of a over the span: 0 if a document starts in it.
         h: (B, ceil(T / span), R) fp32, the state after it from zero.
     """
     B, T, R = x.shape
@@ -132,7 +132,7 @@ def _forward_kernel(
         starts = _starts(reset, row, t0, T, RESETS, BT)
         ix = _input(x, input_gate, at, live)
         _, a, s = _decay(recurrent_gate, rate, at, live)
-        h_t = tiles.states(tl.where(starts, float("-inf"), a), tl.where(starts & UNSCALED, 1.0, s) * ix, h)
+        h_t = tiles.states(tl.where(starts, 0.0, a), tl.where(starts & UNSCALED, 1.0, s) * ix, h)
         tl.store(y + at, h_t.to(y.dtype.element_ty), mask=live)
         h = tiles.row_of(h_t, BT - 1, BT)
     tl.store(h_last + row * R + channels, h, mask=exists & (split == splits - 1))
@@ -153,9 +153,7 @@ def _summary_kernel(
         starts = _starts(reset, row, t0, T, RESETS, BT)
         ix = _input(x, input_gate, at, live)
         _, a, s = _decay(recurrent_gate, rate, at, live)
-        p, h = tiles.extend(
-            p, h, tl.where(starts, float("-inf"), a), tl.where(starts & UNSCALED, 1.0, s) * ix, False, BT
-        )
+        p, h = tiles.extend(p, h, tl.where(starts, 0.0, a), tl.where(starts & UNSCALED, 1.0, s) * ix, False, BT)
     at = (row * splits + split) * R + channels
     tl.store(product + at, p, mask=channels < R)
     tl.store(from_zero + at, h, mask=channels < R)
@@ -176,7 +174,7 @@ def _reverse_summary_kernel(
         t0 = start + (count - 1 - n) * BT
         at, live = tiles.tile(row, t0, T, R, channels, BT)
         _, a, _ = _decay(recurrent_gate, rate, at, live)
-        a = tl.where(_starts(reset, row, t0, T, RESETS, BT), float("-inf"), a)
+        a = tl.where(_starts(reset, row, t0, T, RESETS, BT), 0.0, a)
         dy_t = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
         p, flow = tiles.extend(p, flow, a, tiles.decayed(a, dy_t), True, BT)
     at = (row * splits + split) * R + channels
@@ -210,7 +208,7 @@ def _backward_kernel(
         dy_t = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
         h = tl.load(chunk_states + (row * tl.cdiv(T, BT) + t0 // BT) * R + channels, mask=exists, other=0.0)
         ix = i * x_t
-        a, m = tl.where(starts, float("-inf"), decay), tl.where(starts & UNSCALED, 1.0, s)
+        a, m = tl.where(starts, 0.0, decay), tl.where(starts & UNSCALED, 1.0, s)
         g = tiles.gradients(a, dy_t, carry)
         carry = tiles.row_of(tiles.decayed(a, g), 0, BT)
         tl.store(dx + at, (g * m * i).to(dx.dtype.element_ty), mask=live)

@@ -2,8 +2,8 @@
 
     h_t = a_t h_{t-1} + b_t          at a reset: h_t = b_t
 
-An a of -inf is a reset: it hides what was before, NaN too, as an a of 0 would not; nor does a product of many a that
-is 0 in fp32. So `decayed` and `product` are the only ones that multiply by an a.
+At a reset a is 0, which hides what was before, NaN too: `decayed` says so wherever a state or its gradient is
+multiplied by an a or a product of them.
 
 A program has BD channels of one row of the batch and one span of time. It goes through the span in tiles (BT, BD) of
 CHUNK tokens, the state between them in registers. Rows beyond the last token must have a = 1 and b = 0: the state
@@ -71,20 +71,14 @@ def tile(row, t0, T, R, channels, BT: tl.constexpr):
 
 @triton.jit
 def decayed(a, h):
-    """a h, and 0 at a reset."""
-    return tl.where(a == float("-inf"), 0.0, a * h)
-
-
-@triton.jit
-def product(a1, a2):
-    """a1 a2, a reset if one of them is."""
-    return tl.where((a1 == float("-inf")) | (a2 == float("-inf")), float("-inf"), a1 * a2)
+    """a h, and 0 where a is: 0 * NaN is NaN."""
+    return tl.where(a == 0, 0.0, a * h)
 
 
 @triton.jit
 def after(a1, h1, a2, h2):
     """h -> a1 h + h1 and after it h -> a2 h + h2, as one such map."""
-    return product(a1, a2), decayed(a2, h1) + h2
+    return a1 * a2, decayed(a2, h1) + h2
 
 
 @triton.jit
@@ -97,7 +91,7 @@ def states(a, b, h):
 @triton.jit
 def after_and_before(a1, h1, p1, q1, a2, h2, p2, q2):
     """As `after`, and beside each map h -> a h + h1 the one without its last step, h -> p h + q."""
-    return product(a1, a2), decayed(a2, h1) + h2, product(a1, p2), decayed(p2, h1) + q2
+    return a1 * a2, decayed(a2, h1) + h2, a1 * p2, decayed(p2, h1) + q2
 
 
 @triton.jit
@@ -111,8 +105,8 @@ def states_before(a, b, h):
 @triton.jit
 def after_its_decay(p1, g1, a1, p2, g2, a2):
     """flow -> p1 flow + g1, and from a1 times that -> p2 flow + g2, as one such map; a2 is for the next."""
-    carried = product(p2, a1)
-    return product(carried, p1), g2 + decayed(carried, g1), a2
+    carried = p2 * a1
+    return carried * p1, g2 + decayed(carried, g1), a2
 
 
 @triton.jit
