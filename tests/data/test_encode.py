@@ -17,7 +17,7 @@ from griffin.data.encode import encode_documents
 from griffin.data.text import Part
 from griffin.tokenizer import Tokenizer, bpe, load_tokenizer
 from griffin.tokenizer.token_text import byte_letters
-from tests.test_tokenizer import SENTENCES, sentencepiece_model
+from tests.tokenizer.test_tokenizer import SENTENCES, sentencepiece_model
 
 RUNS = (
     "hello world, it's {}% of 12345 things\n",
