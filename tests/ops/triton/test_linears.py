@@ -179,5 +179,6 @@ def test_the_kernels_fit_a_gpu() -> None:
     launches = launched("tests.ops.triton.test_linears")
     assert len(launches) == 2 * 2 * (4 + 2) + 1
     for launch in launches:
-        assert launch["spilled"] <= 672, launch  # the int4 product: a choice of tiles to tune
+        # The int4 product: a choice of tiles to tune. 672 bytes by Triton 3.6's compiler, 824 by 3.7's.
+        assert launch["spilled"] <= 824, launch
         assert launch["shared"] < 200_000, launch
