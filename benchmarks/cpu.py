@@ -26,7 +26,7 @@ from griffin.memory import keep_freed_memory
 from griffin.ops.cpu.library import Kernel
 from griffin.quantize import quantize
 
-_stream = Kernel("stream", "pp i")
+_stream = Kernel("stream", "AI i")
 
 
 def read_memory() -> Callable[[], int]:

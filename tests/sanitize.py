@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
         # Leaks are not looked for: Python's and PyTorch's own would drown ours, and the kernels allocate nothing.
         sanitizers = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-        names = ("kernels", "linear", "attention", "local_attention", "decode_kernels")
+        names = ("kernels", "linear", "attention", "local_attention", "decode_kernels", "hostile_numbers")
         tests = [f"tests/ops/test_cpu_{name}.py" for name in names]
         tests += ["-k", "not torch"]
         # -s: pytest would swallow the report of a process that is ended.

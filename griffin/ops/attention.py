@@ -35,8 +35,8 @@ def local_attention(
         keys: (B, S + T, G, K) in the same dtype, after RoPE; S earlier tokens of each row come first, in order of time.
             H is a multiple of G; query head h uses key head h // (H / G).
         values: as keys.
-        positions: (B, T) whole numbers, p_t >= 0. Where p_t > S + t the tokens not given count as absent. On CUDA, p_t
-            must be p_{t-1} + 1, or 0 where a document starts.
+        positions: (B, T) whole numbers; below 0 counts as 0. Where p_t > S + t the tokens not given count as absent. On
+            CUDA, p_t must be p_{t-1} + 1, or 0 where a document starts.
         window: W, or None to see the whole document.
         documents: the same as positions, for CUDA: `flash.sequences(positions, S)`, made once for many layers. None:
             made here, which may wait for the device.
@@ -63,7 +63,7 @@ def local_attention(
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if no_gradient and library.serves(queries, keys, values):
+    if no_gradient and library.serves(queries, keys, values) and library.plain(positions):
         return cpp.local_attention(queries, keys, values, positions, window)
     if flash.applies(queries.device):
         cut = flash.unpacked(documents)
@@ -80,7 +80,7 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
         queries: (B, 1, H, K) any floating dtype, after RoPE.
         keys: (B, S, G, K) in the same dtype, after RoPE; S = W + 1 slots in any rotation.
         values: as keys.
-        positions: (B, 1) whole numbers p, each row's own.
+        positions: (B, 1) whole numbers p, each row's own; below 0 counts as 0.
 
     Returns:
         (B, 1, H, K) in queries.dtype.
@@ -94,9 +94,11 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
             f"queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
             "(B, 1, H, K) and twice (B, S, G, K) with H a multiple of G"
         )
+    if positions.shape != (B, 1):
+        raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, 1)}")
     no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     if no_gradient and min(queries.numel(), keys.shape[1]) > 0:
-        if library.serves(queries, keys, values):
+        if library.serves(queries, keys, values) and library.plain(positions):
             return cpp.ring_attention(queries, keys, values, positions)
         if serve.serves(queries, keys, values):
             from griffin.ops.triton import ring_attention as kernel  # triton is absent on CPU machines
@@ -112,12 +114,22 @@ def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: T
     Args:
         keys, values: (B, S, G, K).
         k, v: (B, 1, G, K) in the same dtype. No gradient flows through what is written.
-        positions: (B, 1) whole numbers p >= 0.
+        positions: (B, 1) whole numbers p.
+
+    Raises:
+        ValueError: shapes disagree, or there are no slots.
     """
     B, S, G, K = keys.shape
+    if values.shape != keys.shape or k.shape != (B, 1, G, K) or v.shape != k.shape or positions.shape != (B, 1):
+        raise ValueError(
+            f"keys {tuple(keys.shape)}, values {tuple(values.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and "
+            f"positions {tuple(positions.shape)} must be twice (B, S, G, K), twice (B, 1, G, K) and (B, 1)"
+        )
+    if S == 0:
+        raise ValueError(f"keys is {tuple(keys.shape)}: there is no slot to write to; reserve_ makes some")
     k, v = k.detach(), v.detach()
-    whole = keys.is_contiguous() and values.is_contiguous() and keys.dtype == k.dtype
-    if whole and library.direct(keys, values, k, v):
+    whole = keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype == k.dtype == v.dtype
+    if whole and library.direct(keys, values, k, v) and library.plain(positions):
         cpp.ring_write_(keys, values, k, v, positions)
         return
     slot = (positions % S)[..., None, None].expand(B, 1, G, K)
@@ -134,14 +146,14 @@ _library.define("ring_attention(Tensor q, Tensor k, Tensor v, Tensor positions) 
 @torch.library.impl(_library, "local_attention", "CompositeImplicitAutograd")
 def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
     T, earlier = q.shape[1], k.shape[1] - q.shape[1]
-    seen = positions if window is None else positions.clamp(max=window)  # earlier tokens each query sees
+    seen = positions.clamp(min=0, max=window)  # earlier tokens each query sees
     outputs = []
     for start in range(0, T, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, T)
         left = 0 if window is None else max(0, earlier + start - window)
         right = earlier + stop
-        index = torch.arange(left, right, device=q.device)
-        query_index = torch.arange(earlier + start, right, device=q.device)[:, None]
+        index = torch.arange(left, right, dtype=torch.int64, device=q.device)
+        query_index = torch.arange(earlier + start, right, dtype=torch.int64, device=q.device)[:, None]
         # (B, stop - start, right - left): key j is not after the query and not more than `seen` before it.
         mask = (index <= query_index) & (index >= query_index - seen[:, start:stop, None])
         outputs.append(_attend(q[:, start:stop], k[:, left:right], v[:, left:right], mask))
@@ -193,8 +205,8 @@ class _LocalAttention(torch.autograd.Function):
 
 @torch.library.impl(_library, "ring_attention", "CompositeImplicitAutograd")
 def _ring_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    slots = torch.arange(k.shape[1], device=q.device)
-    return _attend(q, k, v, slots <= positions[:, :, None])
+    slots = torch.arange(k.shape[1], dtype=torch.int64, device=q.device)
+    return _attend(q, k, v, slots <= positions[:, :, None].clamp(min=0))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

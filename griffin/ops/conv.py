@@ -37,8 +37,10 @@ def causal_conv1d(
 
     Source: Griffin, arXiv:2402.19427, section 2.3; the document rule, Google's Conv1D.
     """
-    if x.dim() != 3 or x.shape[1] == 0 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise ValueError(f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be (B, T>0, R) and (R, N)")
+    if x.dim() != 3 or x.shape[1] == 0 or weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be (B, T>0, R) and (R, N>0)"
+        )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}; this weight needs {tuple(weight.shape[:1])}")
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from griffin.ops.cpu import library
 from griffin.ops.cpu import pointwise as cpp
-from griffin.ops.quantized import dequantize
+from griffin.ops.quantized import check_quantized, dequantize
 
 
 def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
@@ -24,8 +24,11 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
         (..., D) in dtype.
 
     Gradient for weight.
+
+    Raises:
+        ValueError: a token is no row, or none is a whole number: of a kernel. PyTorch says IndexError or RuntimeError.
     """
-    if library.direct(weight) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
+    if library.direct(weight) and dtype in cpp.DTYPES and library.plain(tokens):
         return cpp.embed(tokens, weight, dtype, scale)
     return _scaled(F.embedding(tokens, weight).to(dtype), scale)
 
@@ -40,10 +43,11 @@ def quantized_embed(
     scale: float | None = None,
 ) -> Tensor:
     """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
-    if library.direct(scales) and dtype in cpp.DTYPES and tokens.device.type == "cpu":
+    check_quantized(q, scales, in_width, group)
+    if library.direct(scales) and dtype in cpp.DTYPES and library.plain(tokens, q):
         return cpp.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
-    flat = tokens.flatten()
-    rows = dequantize(q[flat], scales[flat], in_width, group).to(dtype)
+    flat = tokens.flatten()  # (not q[flat]: there -1 would be the last row)
+    rows = dequantize(q.index_select(0, flat), scales.index_select(0, flat), in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)
 
 

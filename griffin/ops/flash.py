@@ -46,8 +46,8 @@ def sequences(positions: Tensor, earlier: int, *, inside: bool = True) -> Sequen
             2B (B if S = 0) and nothing waits. In the backward pass each sequence costs 128 H K fp32, even an empty one.
     """
     (B, T), S = positions.shape, earlier
-    row = torch.arange(B, device=positions.device)[:, None]
-    token = torch.arange(1, T if inside else 1, device=positions.device).expand(B, -1)
+    row = torch.arange(B, dtype=torch.int64, device=positions.device)[:, None]
+    token = torch.arange(1, T if inside else 1, dtype=torch.int64, device=positions.device).expand(B, -1)
     first = row.new_zeros(B, 1)
     queries, keys = torch.cat([first, token], dim=1), torch.cat([S - positions[:, :1].clamp(0, S), S + token], dim=1)
     if S:
@@ -184,7 +184,7 @@ def _backward(
         *(dout, q, k, v, out, log_sums, cut.queries, cut.keys, cut.longest_queries, cut.longest_keys),
         *(0.0, True),
         torch.zeros(2, dtype=torch.uint64, device=q.device),  # the dropout's random state: there is none
-        torch.empty(0, device=q.device),
+        torch.empty(0, dtype=q.dtype, device=q.device),
         window_size_left=-1 if window is None else window,
         window_size_right=0,
     )

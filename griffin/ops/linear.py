@@ -30,7 +30,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., O) in x.dtype.
+
+    Raises:
+        ValueError: shapes disagree.
     """
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        found = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {found}: (..., K), (O, K), (O,)")
     if x.device.type != "cpu" or x.dtype == torch.float64 or weight.dtype == torch.float64 or _stands_for_others(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     rows = x.numel() // max(1, x.shape[-1])
@@ -54,7 +60,7 @@ def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     if hidden.is_cuda and hidden.dtype == weight.dtype and dtype == torch.float32 and not torch.is_grad_enabled():
-        rows: Tensor = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=dtype)
+        rows: Tensor = torch.mm(hidden[None].flatten(0, -2), weight.T, out_dtype=dtype)
         return rows.view(*hidden.shape[:-1], -1)
     if hidden.device.type == "cpu" and dtype == torch.float32:
         return linear(cast(hidden, dtype), weight)
@@ -115,7 +121,7 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     """dx = dy W;  dW = dy^T x;  db = sum of dy over rows: in fp32, each rounded once."""
     x, weight = ctx.saved_tensors
     dx = dw = db = None
-    rows, wide = dy.flatten(0, -2).float(), x.flatten(0, -2).float()
+    rows, wide = (t[None].flatten(0, -2).float() for t in (dy, x))  # (N, O), (N, K), also of a single row (K,)
     if ctx.needs_input_grad[0]:
         dx = torch.zeros_like(wide)
         step = _panel_rows(weight.shape[1])
@@ -158,10 +164,11 @@ def by_panels(x: Tensor, out_width: int, widen: Callable[[slice, Tensor], object
     wide, b = x.float(), None if bias is None else bias.float()
     y = x.new_empty(N, O)
     step = max(1, min(O, _panel_rows(K)))
-    panel_memory = torch.empty(step, K, dtype=torch.float32)
+    panel_memory = torch.empty(step, K, dtype=torch.float32, device="cpu")
     direct = x.dtype == torch.float32  # sums are the result
     num_rows = max(1, N) if direct else PANEL_ROWS
-    sum_memory = torch.empty(0 if direct else min(N, num_rows) * step, dtype=torch.float32)
+    num_sums = 0 if direct else min(N, num_rows) * step
+    sum_memory = torch.empty(num_sums, dtype=torch.float32, device="cpu")
     for first in range(0, O, step):
         panel = slice(first, min(O, first + step))
         w = panel_memory[: panel.stop - first]

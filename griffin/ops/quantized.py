@@ -50,7 +50,7 @@ def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
         raise ValueError(f"group={group} must be one of {', '.join(map(str, GROUPS))}")
     O, K = weight.shape
     P = padded_width(K, group)
-    factors = torch.tensor(_SHRINK, dtype=torch.float64).div_(-8).float()
+    factors = torch.tensor(_SHRINK, dtype=torch.float64, device="cpu").div_(-8).float()
     if library.serves(weight.detach()):
         q, scale = linears.quantize_int4(weight.detach(), factors, P, group)
         if not torch.isfinite(scale).all():
@@ -76,11 +76,12 @@ def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
 
 def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None, out: Tensor | None = None) -> Tensor:
     """Give the (O, in_width) fp32 weights that q and scale stand for, in `out` if given; group is None for int8."""
+    check_quantized(q, scale, in_width, group)
     if group is None:
-        if library.serves(scale):
+        if scale.dtype == torch.float32 and library.serves(scale) and library.plain(q, out):
             return linears.widen_int8(q, scale, out)
         return torch.mul(q, scale.float()[:, None], out=out)
-    if scale.dtype == torch.bfloat16 and library.serves(scale):
+    if scale.dtype == torch.bfloat16 and library.serves(scale) and library.plain(q, out):
         return linears.widen_int4(q, scale, in_width, group, out)
     O, P = q.shape[0], 2 * q.shape[1]
     pairs = q.reshape(O, P // BLOCK, 16, 2).to(torch.int32)
@@ -123,9 +124,9 @@ def quantized_linear(
         ValueError: a gradient is wanted for x, or the shapes do not fit.
     """
     K, O = x.shape[-1], q.shape[0]
-    P = K if group is None else padded_width(K, group)
-    if q.shape[1] * (1 if group is None else 2) != P:
-        raise ValueError(f"x has {K} inputs, but the weight is {tuple(q.shape)} {q.dtype} with group={group}")
+    check_quantized(q, scale, K, group, of="x")
+    if bias is not None and bias.shape != (O,):
+        raise ValueError(f"bias is {tuple(bias.shape)}; this weight needs {(O,)}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("a quantised model cannot be trained; load it without quantize")
     shape, rows, dtype = x.shape[:-1], x.reshape(-1, K), dtype or x.dtype
@@ -156,6 +157,20 @@ def quantized_linear(
 
         y = by_panels(rows, O, widen, bias)
     return y.view(*shape, O)
+
+
+def check_quantized(q: Tensor, scale: Tensor, in_width: int, group: int | None, of: str = "a row") -> None:
+    """Raise ValueError unless q and scale are as quantize_int8 or quantize_int4 lays a weight of `in_width` inputs."""
+    if group is None:
+        fits = q.dtype == torch.int8 and q.shape[1:] == (in_width,) and scale.shape == q.shape[:1]
+    else:
+        P = padded_width(in_width, group) if group in GROUPS else -1
+        fits = q.dtype == torch.uint8 and q.shape[1:] == (P // 2,) and scale.shape == (q.shape[0], P // group)
+    if not fits:
+        raise ValueError(
+            f"{of} has {in_width} inputs, but the weight is {tuple(q.shape)} {q.dtype} with scales "
+            f"{tuple(scale.shape)} {scale.dtype} and group={group}"
+        )
 
 
 def padded_width(in_width: int, group: int) -> int:

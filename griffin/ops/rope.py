@@ -23,9 +23,13 @@ def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tu
 
     Returns:
         cos, sin: (B, T, rope_width / 2) fp32.
+
+    Raises:
+        ValueError: positions are not whole numbers.
     """
-    if positions.device.type == "cpu" and library.direct() and type(positions) is Tensor:
-        return cpp.rope_table(positions.to(torch.int64), rope_width, base)
+    library.check_whole(positions)
+    if not torch.is_grad_enabled() and library.plain(positions):
+        return cpp.rope_table(positions, rope_width, base)
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
@@ -40,8 +44,13 @@ def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         positions: (B, 1) int64, what `position` was.
         reset: (B, 1) bool, positions == 0.
+
+    Raises:
+        ValueError: position is not (B,) int64.
     """
-    if position.device.type == "cpu" and library.direct() and position.is_contiguous():
+    if position.dim() != 1 or position.dtype != torch.int64:
+        raise ValueError(f"position is {tuple(position.shape)} {position.dtype}; it must be (B,) int64")
+    if not torch.is_grad_enabled() and library.plain(position) and position.is_contiguous():
         return cpp.next_positions(position)
     positions = position[:, None].clone()
     position += 1
@@ -68,7 +77,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: RoFormer, arXiv:2104.09864; half of each head as in Google's RecurrentGemma.
     """
     n = cos.shape[-1]
-    if x.dim() != 4 or cos.shape != sin.shape or cos.shape[:2] != x.shape[:2] or 2 * n > x.shape[3]:
+    if x.dim() != 4 or cos.shape != sin.shape or cos.shape != (*x.shape[:2], n) or 2 * n > x.shape[3]:
         raise ValueError(f"x {tuple(x.shape)}, table {tuple(cos.shape)}: they must be (B, T, H, K>=2n) and (B, T, n)")
     if library.direct(x, cos, sin):
         return cpp.rope(x, cos, sin)

@@ -299,7 +299,7 @@ FUNCTIONS = [
 def test_functions_are_accurate(
     path: str, name: str, bounds: tuple[float, float], limit: float, formula: Callable[[Tensor], Tensor]
 ) -> None:
-    kernel, (low, high) = library.Kernel(name, "ppi"), bounds
+    kernel, (low, high) = library.Kernel(name, "FFi"), bounds
     x = torch.linspace(low, high, 2_000_003, dtype=torch.float64).float()
     near_zero = torch.logspace(-37, 0, 20_001) * (1 if high > 0 else -1)
     x = torch.cat([x, near_zero[(near_zero >= low) & (near_zero <= high)]])

@@ -15,16 +15,16 @@ SLOTS = 64  # of csrc/attention.cpp
 BLOCK_SCORES = 2**19
 BLOCK_TOKENS = (16, 64)  # at least and at most
 
-_ring_attention = Kernel("ring_attention", "pppp pp iiiii")
-_ring_write = Kernel("ring_write", "ppp pp iii")
-_softmax_forward = Kernel("attention_softmax_forward", "pp f iiiiii")
-_softmax_backward = Kernel("attention_softmax_backward", "ppp f iiiiii")
+_ring_attention = Kernel("ring_attention", "TTTL TF iiiii")
+_ring_write = Kernel("ring_write", "TTL TT iii")
+_softmax_forward = Kernel("attention_softmax_forward", "FL f iiiiii")
+_softmax_backward = Kernel("attention_softmax_backward", "FFL f iiiiii")
 
 
 def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     (B, S, G, K), H = keys.shape, queries.shape[2]
     out = empty_like(queries)
-    scratch = torch.empty(B * -(-S // SLOTS) * H * (K + 2), dtype=torch.float32)
+    scratch = torch.empty(B * -(-S // SLOTS) * H * (K + 2), dtype=torch.float32, device="cpu")
     inputs = (queries.contiguous(), keys.contiguous(), values.contiguous(), positions.to(torch.int64).contiguous())
     _ring_attention(queries.dtype, *inputs, out, scratch, B, S, H, G, K)
     return out
@@ -129,8 +129,8 @@ def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None
     """Cut each row of the batch."""
     (_, T, H, _), length = queries.shape, keys.shape[1]
     earlier = length - T
-    seen = positions.to(torch.int64).contiguous().clamp(min=0, max=window)  # below 0, kernels would leave their memory
-    first = (torch.arange(earlier, length, device="cpu") - seen).clamp_(min=0)  # (B, T)
+    seen = positions.to(torch.int64).contiguous().clamp(min=0, max=window)
+    first = (torch.arange(earlier, length, dtype=torch.int64, device="cpu") - seen).clamp_(min=0)  # (B, T)
     width = length if window is None else min(length, window + 1)
     n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
     return [[_block(row[start : start + n], start, earlier) for start in range(0, T, n)] for row in first]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -14,15 +15,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-ABI = 6  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
+ABI = 7  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
 
 INSTRUCTIONS = ("portable", "avx2", "avx512")  # each CPU that has one has those before it
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
-_VALUES = {"p": "Q", "i": "q", "f": "f4x", "d": "d"}  # how `struct` packs one Value of csrc/abi.h
+_NUMBERS = {"i": "q", "f": "f4x", "d": "d"}  # how `struct` packs one Value of csrc/abi.h; an address is "Q"
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "F": (torch.float32,),
+    "H": (torch.bfloat16,),
+    "E": (torch.float32, torch.bfloat16),
+    "L": (torch.int64,),
+    "I": (torch.int32,),
+    "C": (torch.int8,),
+    "U": (torch.uint8,),
+    "B": (torch.bool,),
+    "A": (),
+}
 
 
 @dataclass(frozen=True)
@@ -48,23 +61,30 @@ def offered(loaded: Loaded | None = None) -> tuple[str, ...]:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether a kernel may be called with these: plain CPU tensors of one dtype, fp32 or bf16, and a library to call.
+    """Whether a kernel may be called with these: as `plain` says, and of one dtype, fp32 or bf16.
 
-    fp64 is never served: there, PyTorch's operations are the reference. Nor are tensors that only stand for others
-    (fake ones, distributed ones), nor what torch.compile traces: they take the definition.
+    fp64 is never served: there, PyTorch's operations are the reference.
     """
     dtype = tensors[0].dtype
-    if torch.compiler.is_compiling() or dtype not in _TYPES or _now().library is None:
-        return False
-    return all(type(t) in _PLAIN and t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+    return dtype in _TYPES and plain(*tensors) and all(t.dtype == dtype for t in tensors)
 
 
 def serves_each(*tensors: Tensor | None) -> bool:
     """As `serves`, but each tensor may be of its own dtype, fp32 or bf16; None is no tensor."""
-    if torch.compiler.is_compiling() or _now().library is None:
+    return plain(*tensors) and all(t is None or t.dtype in _TYPES for t in tensors)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may read these: tensors in a CPU's memory, of any dtype, and a library to call; None is none.
+
+    Not tensors that only stand for others (fake ones, distributed ones). And nothing where PyTorch watches its own
+    operations to compile, trace, vectorise or differentiate them: of a kernel it would see nothing. There the
+    definitions are taken.
+    """
+    watched = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    if watched or forward_ad._current_level >= 0 or _now().library is None:
         return False
-    given = [t for t in tensors if t is not None]
-    return all(type(t) in _PLAIN and t.dtype in _TYPES and t.device.type == "cpu" for t in given)
+    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
 
 
 def direct(*tensors: Tensor | None) -> bool:
@@ -75,7 +95,7 @@ def direct(*tensors: Tensor | None) -> bool:
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """Take the pure-torch definitions instead, in every thread, inside the `with`."""
-    with _using(Loaded(None, "turned off by without_kernels()")):
+    with _chosen.using(Loaded(None, "turned off by without_kernels()")):
         yield
 
 
@@ -91,7 +111,7 @@ def using(instructions: str | None = None, path: Path | None = None) -> Iterator
         raise RuntimeError(f"no CPU kernels: {loaded.reason}")
     if instructions is not None and instructions not in offered(loaded):
         raise RuntimeError(f"instructions={instructions!r}: this CPU and build offer {', '.join(offered(loaded))}")
-    with _using(replace(loaded, instructions=instructions or loaded.instructions)):
+    with _chosen.using(replace(loaded, instructions=instructions or loaded.instructions)):
         yield
 
 
@@ -99,6 +119,7 @@ def using(instructions: str | None = None, path: Path | None = None) -> Iterator
 class Call:
     """A kernel, its packed values, and the arguments they came from, which keep the memory alive."""
 
+    name: str
     function: Any
     values: bytes
     arguments: tuple[Tensor | float | None, ...]
@@ -127,7 +148,7 @@ def replay() -> tuple[Any, int | None]:
     assert now.library is not None
     function = now.library.griffin_replay
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    function.restype = None
+    function.restype = ctypes.c_int64
     return function, now.pool
 
 
@@ -136,31 +157,78 @@ class Kernel:
 
     Args:
         name: as in KERNEL(name, ...) of its C++ file.
-        signature: one letter per argument after the thread pool: p for a tensor or None, i for a whole number or a
-            truth value, f for fp32, d for fp64. Spaces are for the reader.
+        signature: one letter per argument after the thread pool. Numbers: i is a whole number or a truth value, f is
+            fp32, d fp64. Tensors: T has the dtype of the call, F is fp32, H bf16, E either of these, L int64, I int32,
+            C int8, U uint8, B bool, A anything; with a ? behind it may be None. Spaces are for the reader.
     """
 
     def __init__(self, name: str, signature: str) -> None:
         self.name = name
-        self.pack = struct.Struct("=" + "".join(_VALUES[letter] for letter in signature if letter != " ")).pack
-        self.functions: dict[tuple[int, str, torch.dtype], Callable[[int | None, bytes], None]] = {}
+        self.letters = re.findall(r"\S\??", signature)
+        self.pack = struct.Struct("=" + "".join(_NUMBERS.get(letter, "Q") for letter in self.letters)).pack
+        self.variants: dict[tuple[int, str, torch.dtype], _Variant] = {}
 
-    def __call__(self, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-        """Run the variant for `dtype`. Tensors are passed by address: all of them must be contiguous."""
+    def __call__(self, dtype: torch.dtype, *arguments: Tensor | float | None) -> int:
+        """Run the variant for `dtype`.
+
+        Returns:
+            0, or of a kernel that checks the whole numbers in a tensor, 1 + the index of the first that is out of
+            range: then it has written nothing.
+
+        Raises:
+            ValueError: a tensor is not what the kernel reads and writes: contiguous, in a CPU's memory, of its dtype.
+        """
         now = _now()
-        function = self.functions.get((id(now.library), now.instructions, dtype)) or self._find(now, dtype)
-        values = self.pack(*[_address(a) if isinstance(a, Tensor) else (0 if a is None else a) for a in arguments])
-        function(now.pool, values)
+        variant = self.variants.get((id(now.library), now.instructions, dtype)) or self._find(now, dtype)
+        pairs = zip(arguments, variant.pointers, strict=True)
+        values = self.pack(*[a if pointer is None else _address(self.name, a, pointer) for a, pointer in pairs])
+        wrong = variant.function(now.pool, values)
         if _kept.calls is not None:
-            _kept.calls.append(Call(function, values, arguments))
+            _kept.calls.append(Call(self.name, variant.function, values, arguments))
+        return wrong
 
-    def _find(self, now: Loaded, dtype: torch.dtype) -> Callable[[int | None, bytes], None]:
+    def _find(self, now: Loaded, dtype: torch.dtype) -> _Variant:
         assert now.library is not None
         function: Any = getattr(now.library, f"griffin_{self.name}_{_TYPES[dtype]}_{now.instructions}")
         function.argtypes = [ctypes.c_void_p, ctypes.c_char_p]  # c_char_p: the address of what a bytes holds
-        function.restype = None
-        self.functions[id(now.library), now.instructions, dtype] = function
-        return function  # type: ignore[no-any-return]
+        function.restype = ctypes.c_int64
+        dtypes = _DTYPES | {"T": (dtype,)}
+        pointers = [None if n in _NUMBERS else _Pointer(dtypes[n[0]], n.endswith("?")) for n in self.letters]
+        found = self.variants[id(now.library), now.instructions, dtype] = _Variant(function, tuple(pointers))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Pointer:
+    """What a kernel expects where an address is passed."""
+
+    dtypes: tuple[torch.dtype, ...]  # one of these; none: any
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    function: Callable[[int | None, bytes], int]
+    pointers: tuple[_Pointer | None, ...]  # None for numbers
+
+
+def _address(name: str, tensor: Any, pointer: _Pointer) -> int:
+    """Where the values of a tensor lie: C trusts it, so whatever is not as expected ends here."""
+    if tensor is None and pointer.optional:
+        return 0
+    if type(tensor) not in _PLAIN:
+        raise ValueError(f"{name} was given a {type(tensor).__name__} where it takes a plain tensor")
+    known = tensor.is_cpu and (not pointer.dtypes or tensor.dtype in pointer.dtypes)
+    if not (known and tensor.is_contiguous() and not tensor.is_neg()):
+        wanted = " or ".join(str(dtype) for dtype in pointer.dtypes) or "any dtype"
+        raise ValueError(
+            f"{name} was given {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, strides {tensor.stride()}; "
+            f"it takes contiguous tensors of {wanted} on the CPU"
+        )
+    address: int = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(f"{name} was given {tuple(tensor.shape)} {tensor.dtype} whose memory was freed")
+    return address
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -180,15 +248,24 @@ def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor
     if tensor.dtype not in _TYPES or dtype not in _TYPES:
         return tensor.to(dtype)
-    out = torch.empty(tensor.shape, dtype=dtype)
-    _convert(dtype, tensor, out, tensor.numel())
+    out = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    _CONVERT[dtype](dtype, tensor, out, tensor.numel())
     return out
 
 
-def _address(tensor: Tensor) -> int:
-    assert type(tensor) in _PLAIN
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
+def whole_numbers(tensor: Tensor) -> Tensor:
+    """Give them as kernels take them, int64 and contiguous.
+
+    Raises:
+        ValueError: they are not whole numbers.
+    """
+    check_whole(tensor)
+    return tensor.to(torch.int64).contiguous()
+
+
+def check_whole(tensor: Tensor) -> None:
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{tuple(tensor.shape)} {tensor.dtype} must be whole numbers")
 
 
 @functools.cache
@@ -224,20 +301,37 @@ def _torch_parallel_for() -> int | None:
     return None
 
 
-_convert = Kernel("convert", "pp i")
+_CONVERT = {torch.float32: Kernel("convert", "HT i"), torch.bfloat16: Kernel("convert", "FT i")}
 _PLAIN = (Tensor, torch.nn.Parameter)
-_chosen: Loaded | None = None  # what a `with` of this file asks for; None: the library beside it
+
+
+class _Chosen:
+    """What every `with` of this file that has been entered and not left asks for; the last one counts.
+
+    Each takes away its own, so that two threads may leave in the order they came, and all is then as before.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entered: list[tuple[object, Loaded]] = []
+        self.last: Loaded | None = None  # None: the library beside this file
+
+    @contextmanager
+    def using(self, loaded: Loaded) -> Iterator[None]:
+        mine = (object(), loaded)
+        with self.lock:
+            self.entered.append(mine)
+            self.last = loaded
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.entered.remove(mine)
+                self.last = self.entered[-1][1] if self.entered else None
+
+
+_chosen = _Chosen()
 
 
 def _now() -> Loaded:
-    return _chosen or load()
-
-
-@contextmanager
-def _using(loaded: Loaded) -> Iterator[None]:
-    global _chosen
-    before, _chosen = _chosen, loaded
-    try:
-        yield
-    finally:
-        _chosen = before
+    return _chosen.last or load()

@@ -13,20 +13,20 @@ MOST_ROWS = 16  # rows of x up to which W is read once; beyond, a matrix product
 MOST_INPUTS = 2**17  # sums of that many products of two 8-bit numbers fit 32 bits
 
 _KERNELS = {
-    torch.float32: Kernel("linear_fp32", "pp pi p iii"),
-    torch.bfloat16: Kernel("linear_bf16", "pp pi p iii"),
+    torch.float32: Kernel("linear_fp32", "TF E?i T iii"),
+    torch.bfloat16: Kernel("linear_bf16", "TH E?i T iii"),
 }
 _GATES = {
-    torch.float32: Kernel("gates_fp32", "ppp p iii"),
-    torch.bfloat16: Kernel("gates_bf16", "ppp p iii"),
+    torch.float32: Kernel("gates_fp32", "TFF T iii"),
+    torch.bfloat16: Kernel("gates_bf16", "THH T iii"),
 }
-_int8 = Kernel("linear_int8", "ppp pi pp iii")
-_int4 = Kernel("linear_int4", "ppp pi pp iiii")
-_quantize_int4 = Kernel("quantize_int4", "pp pp iiii")
-_split_rows = Kernel("split_rows", "pppp ii")
-_join_rows = Kernel("join_rows", "pppp p iiii")
-_widen_int8 = Kernel("widen_int8", "ppp ii")
-_widen_int4 = Kernel("widen_int4", "ppp iiii")
+_int8 = Kernel("linear_int8", "TCF E?i TU iii")
+_int4 = Kernel("linear_int4", "TUH E?i TU iiii")
+_quantize_int4 = Kernel("quantize_int4", "TF UH iiii")
+_split_rows = Kernel("split_rows", "TCCF ii")
+_join_rows = Kernel("join_rows", "IFFF? T iiii")
+_widen_int8 = Kernel("widen_int8", "CFF ii")
+_widen_int4 = Kernel("widen_int4", "UHF iiii")
 
 BLOCK, PACKED = 128, 64  # of csrc/quantized.cpp
 _ROWS, _PANEL = 512, 4096  # rows of x and of W of one product of int8: at most 16 MB of sums
@@ -72,9 +72,9 @@ def linear_int8_many(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     bias = None if bias is None else fp32(bias)
     y = x.new_empty(N, O)
     rows = min(N, _ROWS)
-    numbers = torch.empty(2 * rows, K, dtype=torch.int8)
-    scales = torch.empty(rows, dtype=torch.float32)
-    memory = torch.empty(2 * rows * min(O, _PANEL), dtype=torch.int32)
+    numbers = torch.empty(2 * rows, K, dtype=torch.int8, device="cpu")
+    scales = torch.empty(rows, dtype=torch.float32, device="cpu")
+    memory = torch.empty(2 * rows * min(O, _PANEL), dtype=torch.int32, device="cpu")
     for some, out in zip(x.split(rows), y.split(rows), strict=True):
         n = some.shape[0]
         both = numbers[: 2 * n]
@@ -92,8 +92,8 @@ def linear_int8_many(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
 def quantize_int4(weight: Tensor, factors: Tensor, padded: int, group: int) -> tuple[Tensor, Tensor]:
     """factors: fp32, what is tried as a scale, over a group's largest value. A group that is not finite: scale NaN."""
     O, K = weight.shape
-    q = torch.empty(O, padded // 2, dtype=torch.uint8)
-    scale = torch.empty(O, padded // group, dtype=torch.bfloat16)
+    q = torch.empty(O, padded // 2, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(O, padded // group, dtype=torch.bfloat16, device="cpu")
     _quantize_int4(weight.dtype, weight.contiguous(), factors, q, scale, factors.numel(), O, K, group)
     return q, scale
 
@@ -112,20 +112,22 @@ def _int8_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False  # then it is a plain loop
     for sign in (1, -1):
-        x, w = (torch.full((32, 64), value, dtype=torch.int8) for value in (127, 127 * sign))
+        x, w = (torch.full((32, 64), value, dtype=torch.int8, device="cpu") for value in (127, 127 * sign))
         if not (torch._int_mm(x, w.T) == 127 * 127 * 64 * sign).all():
             return False
     return True
 
 
 def widen_int8(weight: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    wide = torch.empty(weight.shape, dtype=torch.float32) if out is None else out
+    wide = torch.empty(weight.shape, dtype=torch.float32, device="cpu") if out is None else out
     _widen_int8(torch.float32, weight.contiguous(), scale.contiguous(), wide, *weight.shape)
     return wide
 
 
 def widen_int4(weight: Tensor, scale: Tensor, in_width: int, group: int, out: Tensor | None = None) -> Tensor:
-    wide = torch.empty(weight.shape[0], in_width, dtype=torch.float32) if out is None else out
+    wide = out
+    if wide is None:
+        wide = torch.empty(weight.shape[0], in_width, dtype=torch.float32, device="cpu")
     _widen_int4(torch.float32, weight.contiguous(), scale.contiguous(), wide, *wide.shape, 2 * weight.shape[1], group)
     return wide
 
@@ -137,4 +139,4 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, bool]:
 def _scratch(N: int, padded: int, block: int) -> Tensor:
     """What `Whole` of csrc/integers.h needs: per block eight sums and a scale of 4 bytes, per input a number of 2."""
     blocks = padded // block
-    return torch.empty(N * (blocks * 36 + padded * 2), dtype=torch.uint8)
+    return torch.empty(N * (blocks * 36 + padded * 2), dtype=torch.uint8, device="cpu")

@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu.library import Kernel, empty_like, fp32
+from griffin.ops.cpu.library import Kernel, empty_like, fp32, whole_numbers
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations
 
 _NORM_ROWS = 16  # rows of one backward task, as in csrc/rms_norm.cpp
 
-_rms_norm_forward = Kernel("rms_norm_forward", "pp pp ii f")
-_rms_norm_backward = Kernel("rms_norm_backward", "pppp ppp ii")
-_geglu_forward = Kernel("geglu_forward", "pp p i")
-_geglu_backward = Kernel("geglu_backward", "ppp pp i")
-_rope = Kernel("rope", "ppp p iiii i")
-_rope_table = Kernel("rope_table", "ppp ii d")
-_next_positions = Kernel("next_positions", "ppp i")
-_embed = {torch.float32: Kernel("embed_fp32", "ppp ii f"), torch.bfloat16: Kernel("embed_bf16", "ppp ii f")}
-_embed_int8 = Kernel("embed_int8", "ppp p ii f")
-_embed_int4 = Kernel("embed_int4", "ppp p iiii f")
-_add = Kernel("add", "ppp i")
-_copy = Kernel("copy", "pp i")
-_soft_cap = Kernel("soft_cap", "pp i f")
+_rms_norm_forward = Kernel("rms_norm_forward", "TF TF ii f")
+_rms_norm_backward = Kernel("rms_norm_backward", "TTFF TFF ii")
+_geglu_forward = Kernel("geglu_forward", "TT T i")
+_geglu_backward = Kernel("geglu_backward", "TTT TT i")
+_rope = Kernel("rope", "TFF T iiii i")
+_rope_table = Kernel("rope_table", "LFF ii d")
+_next_positions = Kernel("next_positions", "LLB i")
+_embed = {torch.float32: Kernel("embed_fp32", "LF T iii f"), torch.bfloat16: Kernel("embed_bf16", "LH T iii f")}
+_embed_int8 = Kernel("embed_int8", "LCF T iii f")
+_embed_int4 = Kernel("embed_int4", "LUH T iiiii f")
+_add = Kernel("add", "TTT i")
+_copy = Kernel("copy", "AA i")
+_soft_cap = Kernel("soft_cap", "FF i f")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -62,37 +62,46 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tenso
 
 
 def rope_table(positions: Tensor, rope_width: int, base: float) -> tuple[Tensor, Tensor]:
-    cos, sin = (torch.empty(*positions.shape, rope_width // 2) for _ in range(2))
-    _rope_table(torch.float32, positions.contiguous(), cos, sin, positions.numel(), rope_width // 2, base)
+    shape = (*positions.shape, rope_width // 2)
+    cos, sin = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    _rope_table(torch.float32, whole_numbers(positions), cos, sin, positions.numel(), rope_width // 2, base)
     return cos, sin
 
 
 def next_positions(position: Tensor) -> tuple[Tensor, Tensor]:
     """Give positions = position (B, 1) and reset = positions == 0, and add one to position (B,) in place."""
-    positions = torch.empty(len(position), 1, dtype=torch.int64)
-    reset = torch.empty(len(position), 1, dtype=torch.bool)
+    positions = torch.empty(len(position), 1, dtype=torch.int64, device="cpu")
+    reset = torch.empty(len(position), 1, dtype=torch.bool, device="cpu")
     _next_positions(torch.float32, position, positions, reset, len(position))
     return positions, reset
 
 
 def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:
-    y = torch.empty(*tokens.shape, weight.shape[1], dtype=dtype)
+    (V, D), ids = weight.shape, whole_numbers(tokens)
+    y = torch.empty(*tokens.shape, D, dtype=dtype, device="cpu")
     scale = 1.0 if scale is None else scale
-    _embed[weight.dtype](dtype, _int64(tokens), weight.contiguous(), y, tokens.numel(), weight.shape[1], scale)
+    _check(_embed[weight.dtype](dtype, ids, weight.contiguous(), y, ids.numel(), D, V, scale), ids, V)
     return y
 
 
 def quantized_embed(
     tokens: Tensor, q: Tensor, scales: Tensor, width: int, group: int | None, dtype: torch.dtype, scale: float | None
 ) -> Tensor:
-    y = torch.empty(*tokens.shape, width, dtype=dtype)
-    tensors = (_int64(tokens), q.contiguous(), scales.contiguous(), y)
+    V, ids = q.shape[0], whole_numbers(tokens)
+    y = torch.empty(*tokens.shape, width, dtype=dtype, device="cpu")
+    tensors = (ids, q.contiguous(), scales.contiguous(), y)
     scale = 1.0 if scale is None else scale
     if group is None:
-        _embed_int8(dtype, *tensors, tokens.numel(), width, scale)
+        wrong = _embed_int8(dtype, *tensors, ids.numel(), width, V, scale)
     else:
-        _embed_int4(dtype, *tensors, tokens.numel(), width, 2 * q.shape[1], group, scale)
+        wrong = _embed_int4(dtype, *tensors, ids.numel(), width, 2 * q.shape[1], group, V, scale)
+    _check(wrong, ids, V)
     return y
+
+
+def _check(wrong: int, ids: Tensor, V: int) -> None:
+    if wrong:
+        raise ValueError(f"token {int(ids.flatten()[wrong - 1])} is not within 0 .. {V - 1}, the rows of the table")
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +118,3 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     out = empty_like(logits)
     _soft_cap(torch.float32, logits.contiguous(), out, logits.numel(), cap)
     return out
-
-
-def _int64(tokens: Tensor) -> Tensor:
-    return tokens.to(torch.int64).contiguous()

@@ -53,7 +53,13 @@ class Program:
         self._table = table
 
     def run(self) -> None:
-        self._replay(self._pool, self._table, len(self.calls))
+        """Make the calls again.
+
+        Raises:
+            ValueError: a kernel found a whole number out of range; the calls before it have been made.
+        """
+        if wrong := self._replay(self._pool, self._table, len(self.calls)):
+            raise ValueError(f"{self.calls[wrong - 1].name} was given a whole number that is out of range")
 
 
 class _OnlyKernels(TorchDispatchMode):

@@ -11,12 +11,12 @@ CHUNK = 64  # tokens between two kept states, as in griffin/ops/scan.py and csrc
 MAX_TAPS = 8  # of the convolution
 _SPAN = 64  # tokens of one task of the convolution, as in csrc/causal_conv1d.cpp
 
-_linear_scan_forward = Kernel("linear_scan_forward", "ppp pp iii i")
-_linear_scan_backward = Kernel("linear_scan_backward", "pp ppp p ppp iii i")
-_rg_lru_forward = Kernel("rg_lru_forward", "ppp p p p ppp iii ii")
-_rg_lru_backward = Kernel("rg_lru_backward", "pp ppp p p p ppp ppp iii fii")
-_causal_conv1d_forward = Kernel("causal_conv1d_forward", "p pp pp pp iiii")
-_causal_conv1d_backward = Kernel("causal_conv1d_backward", "pp p p pp p p ppp iiii")
+_linear_scan_forward = Kernel("linear_scan_forward", "TTF TF iii i")
+_linear_scan_backward = Kernel("linear_scan_backward", "TF TTF F TTF iii i")
+_rg_lru_forward = Kernel("rg_lru_forward", "TTT F F B? TFF iii ii")
+_rg_lru_backward = Kernel("rg_lru_backward", "TF TTT F F B? TTT FFF iii fii")
+_causal_conv1d_forward = Kernel("causal_conv1d_forward", "T FF TB? TT iiii")
+_causal_conv1d_backward = Kernel("causal_conv1d_backward", "TT T F TB? T F FFT iiii")
 
 
 def linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
 #define PLAIN extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-PLAIN int32_t griffin_abi_version() { return 6; }
+PLAIN int32_t griffin_abi_version() { return 7; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
 PLAIN const char* griffin_instructions() {
@@ -19,12 +19,15 @@ PLAIN const char* griffin_instructions() {
   return "portable";
 }
 
-// Calls of kernels that were kept (record.py), made again one after the other.
+// Calls of kernels that were kept (record.py), made again one after the other. Gives 0, or 1 + the number of the first
+// call that refused its whole numbers, which ends it.
 struct Call {
   Exported kernel;
   const Value* values;
 };
 
-PLAIN void griffin_replay(ParallelFor pool, const Call* calls, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) calls[i].kernel(pool, calls[i].values);
+PLAIN int64_t griffin_replay(ParallelFor pool, const Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (calls[i].kernel(pool, calls[i].values) != 0) return i + 1;
+  return 0;
 }

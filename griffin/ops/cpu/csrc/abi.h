@@ -18,4 +18,5 @@ union Value {
   double precise;
 };
 
-typedef void (*Exported)(ParallelFor pool, const Value* values);
+// Gives 0, or of a CHECKED_KERNEL 1 + the index of the first whole number that is out of range.
+typedef int64_t (*Exported)(ParallelFor pool, const Value* values);

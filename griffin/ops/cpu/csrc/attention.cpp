@@ -3,7 +3,7 @@
 //     out[b, h] = sum over s of softmax_s(q[b, h] . k[b, s, g] / sqrt(K)) v[b, s, g],   g = h / (H / G)
 //
 // q, out (B, H, K); k, v (B, S, G, K); position (B): slots 0 .. min(position, S - 1) hold what the token sees, the
-// others are not read. T is the type of all but positions and scratch.
+// others are not read; a position below 0 counts as 0. T is the type of all but positions and scratch.
 //
 // A task is SLOTS slots of one key head, for all of its query heads: each key and value is read once. Tasks leave their
 // largest score, their sum and their weighted values; these are joined in order, whatever thread they come from.
@@ -97,7 +97,7 @@ template <class T>
 void ring_attention(ParallelFor pool, const T* q, const T* k, const T* v, const int64_t* position, T* out,
                     float* scratch, Ring r) {
   const int64_t chunks = r.chunks(), heads = r.heads();
-  const auto slots = [&](int64_t b) { return smaller(position[b], r.S - 1) + 1; };
+  const auto slots = [&](int64_t b) { return within(position[b], 0, r.S - 1) + 1; };
   parallel(pool, r.B * r.G * chunks, 2 * SLOTS * heads * r.K / 4, [&](int64_t task) {
     const int64_t chunk = task % chunks, g = task / chunks % r.G, b = task / chunks / r.G;
     const int64_t first = chunk * SLOTS, count = smaller(SLOTS, slots(b) - first);
@@ -134,12 +134,12 @@ void ring_attention(ParallelFor pool, const T* q, const T* k, const T* v, const 
   });
 }
 
-// keys[b, position[b] % S] = k[b], values likewise: (B, S, width) and (B, width)
+// keys[b, position[b] mod S] = k[b], values likewise: (B, S, width) and (B, width). The remainder is never negative.
 template <class T>
 void ring_write(ParallelFor pool, const T* k, const T* v, const int64_t* position, T* keys, T* values, int64_t B,
                 int64_t S, int64_t width) {
   parallel(pool, B, width, [&](int64_t b) {
-    const int64_t at = (b * S + position[b] % S) * width;
+    const int64_t rest = position[b] % S, at = (b * S + (rest < 0 ? rest + S : rest)) * width;
     std::memcpy(keys + at, k + b * width, width * sizeof(T));
     std::memcpy(values + at, v + b * width, width * sizeof(T));
   });

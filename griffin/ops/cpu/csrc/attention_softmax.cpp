@@ -5,6 +5,7 @@
 //
 //     begin = first[t] - left, end = own + t + 1
 //
+// (at least column 0, at most its own).
 // first (n): the first key each token sees; left: the key of column 0; own: the column of the block's first token.
 // Outside of [begin, end) nothing is read and zeros are written. A task is one token and one key head.
 #include "functions.h"
@@ -24,7 +25,8 @@ struct Row {
 template <class F>
 void for_rows(ParallelFor pool, const Block& o, const int64_t* first, const F& f) {
   parallel(pool, o.G * o.n, o.r * o.m, [&](int64_t task) {
-    const int64_t t = task % o.n, begin = first[t] - o.left, end = o.own + t + 1;
+    const int64_t t = task % o.n, end = o.own + t + 1;
+    const int64_t begin = within(first[t], o.left, o.left + end - 1) - o.left;
     for (int64_t row = task * o.r; row < (task + 1) * o.r; ++row) f(Row{row * o.m, begin, end});
   });
 }

@@ -7,6 +7,8 @@
 //
 // becomes the plain C function griffin_rg_lru_forward_float_avx2 (or ..._portable), which library.py finds by name. All
 // of them are called alike, f(pool, values), so that calls can be kept and made again from C (abi.cpp).
+// A tensor of whole numbers (positions, tokens) may hold any: no kernel leaves its memory for one. Where a number has no
+// meaning the kernel is a CHECKED_KERNEL, which returns 1 + its index, and 0 when all is well.
 // Everything else in a kernel file belongs in an anonymous namespace, and nothing from the C++ library that is a
 // template or inline may be called: the linker would merge the copies and could run AVX2 code on a CPU without it.
 #pragma once
@@ -20,10 +22,11 @@
 #define GRIFFIN_JOIN_(name, type, isa) griffin_##name##_##type##_##isa
 #define GRIFFIN_JOIN(name, type, isa) GRIFFIN_JOIN_(name, type, isa)
 #define KERNEL(name, type) static void kernel_##name##_##type
+#define CHECKED_KERNEL(name, type) static int64_t kernel_##name##_##type
 #define EXPORT(name, type)                                                                                            \
-  extern "C" __attribute__((visibility("default"))) void GRIFFIN_JOIN(name, type, GRIFFIN_ISA)(ParallelFor pool,      \
-                                                                                              const Value* values) {  \
-    call(kernel_##name##_##type, pool, values);                                                                       \
+  extern "C" __attribute__((visibility("default"))) int64_t GRIFFIN_JOIN(name, type, GRIFFIN_ISA)(                    \
+      ParallelFor pool, const Value* values) {                                                                        \
+    return call(kernel_##name##_##type, pool, values);                                                                \
   }
 
 namespace {
@@ -57,13 +60,19 @@ struct UpTo<0, I...> {
 };
 
 template <class... A, int... I>
-void call_with(void (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values, Indices<I...>) {
+int64_t call_with(void (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values, Indices<I...>) {
   kernel(pool, As<A>::from(values[I])...);
+  return 0;
 }
 
-template <class... A>
-void call(void (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values) {
-  call_with(kernel, pool, values, typename UpTo<sizeof...(A)>::Type());
+template <class... A, int... I>
+int64_t call_with(int64_t (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values, Indices<I...>) {
+  return kernel(pool, As<A>::from(values[I])...);
+}
+
+template <class Result, class... A>
+int64_t call(Result (*kernel)(ParallelFor, A...), ParallelFor pool, const Value* values) {
+  return call_with(kernel, pool, values, typename UpTo<sizeof...(A)>::Type());
 }
 
 // Below this many elements of a pointwise formula, waking another thread costs more than it saves.
@@ -71,6 +80,8 @@ constexpr int64_t GRAIN_ELEMENTS = 8192;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+// `value`, or the nearer end of low .. high
+inline int64_t within(int64_t value, int64_t low, int64_t high) { return larger(low, smaller(value, high)); }
 inline int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 
 // Channels of one task of a kernel that runs over time: as many as `widest`, since long pieces of a row are what memory

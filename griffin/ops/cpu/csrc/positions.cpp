@@ -7,10 +7,11 @@ constexpr int64_t TOKENS = 16;  // of a task
 
 }  // namespace
 
-// positions[b] = position[b]++;  reset[b] = positions[b] == 0
+// positions[b] = position[b]++;  reset[b] = positions[b] == 0. After the last int64 comes the first, as in PyTorch.
 KERNEL(next_positions, float)(ParallelFor, int64_t* position, int64_t* positions, uint8_t* reset, int64_t B) {
   for (int64_t b = 0; b < B; ++b) {
-    positions[b] = position[b]++;
+    positions[b] = position[b];
+    position[b] = static_cast<int64_t>(static_cast<uint64_t>(position[b]) + 1);
     reset[b] = positions[b] == 0;
   }
 }
