@@ -124,7 +124,7 @@ def griffin_to_google(config: GriffinConfig, tensors: Mapping[str, Tensor]) -> d
     axes = sizes(config)
     expected: dict[str, tuple[int, ...]] = {}
     for entry in table:
-        parts = entry.split(torch.empty(google_shape(entry, axes), device="meta"))
+        parts = entry.split(torch.empty(google_shape(entry, axes), dtype=torch.float32, device="meta"))
         expected.update({name: tuple(part.shape) for name, part in zip(entry.ours, parts, strict=True)})
     _check_total(expected, tensors, "the model")
     google = {entry.google: entry.join(*(tensors[name] for name in entry.ours)) for entry in table}

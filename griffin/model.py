@@ -385,14 +385,17 @@ def _embedding_scale(config: GriffinConfig) -> float | None:
     if config.embedding_scale == "none":
         return None
     scale = math.sqrt(config.width)
-    return torch.tensor(scale).bfloat16().item() if config.embedding_scale == "bf16" else scale
+    if config.embedding_scale == "bf16":
+        scale = torch.tensor(scale, dtype=torch.float32, device="cpu").bfloat16().item()
+    return scale
 
 
 def _last_inputs(inputs: Tensor, earlier: Tensor, span: Span) -> Tensor:
     """The convolution's state after `lengths` tokens: the last inputs that count, zero before the last reset."""
     lengths, count, R = cast(Tensor, span.lengths), earlier.shape[1], inputs.shape[2]
     everything = torch.cat([earlier, inputs], dim=1)
-    index = lengths[:, None] + torch.arange(count, device=lengths.device)  # inputs lengths - count ...
+    # Inputs lengths - count ...
+    index = lengths[:, None] + torch.arange(count, dtype=torch.int64, device=lengths.device)
     last = everything.gather(1, index[..., None].expand(-1, -1, R))
     resets = F.pad(span.reset, (count, 0))
     # An input is of an earlier document if a reset among the tokens that count comes after it.

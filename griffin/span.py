@@ -45,14 +45,14 @@ def span_of(
     if lengths is not None:
         if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
             raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
-        padding = torch.arange(T, device=tokens.device) >= lengths[:, None]
+        padding = torch.arange(T, dtype=torch.int64, device=tokens.device) >= lengths[:, None]
     if checked and tokens.numel():
         check_tokens(tokens if padding is None else tokens.masked_fill(padding, 0), config.vocab_size)
     start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
     longest = 0 if state is None else state.longest
     packed = positions is not None  # documents may start inside rows
     if positions is None:
-        positions = start[:, None] + torch.arange(T, device=tokens.device)
+        positions = start[:, None] + torch.arange(T, dtype=torch.int64, device=tokens.device)
         longest += T
     else:
         positions = positions.to(torch.int64)

@@ -49,7 +49,7 @@ class AttentionState:
         Where a document has fewer, the first ones are whatever the slots hold; no query sees them.
         """
         B, S, G, K = self.keys.shape
-        steps = torch.arange(-count, 0, device=position.device)
+        steps = torch.arange(-count, 0, dtype=torch.int64, device=position.device)
         index = ((position[:, None] + steps) % S)[..., None, None].expand(B, count, G, K)
         return self.keys.gather(1, index), self.values.gather(1, index)
 
@@ -68,11 +68,11 @@ class AttentionState:
             return
         keys, values = keys.detach(), values.detach()
         if lengths is None:
-            lengths = torch.full((B,), T, device=positions.device)
+            lengths = torch.full((B,), T, dtype=torch.int64, device=positions.device)
         # For each slot: the offset of the newest token that belongs there, and that token's index among the T given.
         last = (lengths - 1).clamp(min=0)
         newest = positions.gather(1, last[:, None])  # (B, 1)
-        offset = newest - (newest - torch.arange(S, device=positions.device)) % S
+        offset = newest - (newest - torch.arange(S, dtype=torch.int64, device=positions.device)) % S
         index = last[:, None] - (newest - offset)
         used = (index >= 0) & (lengths > 0)[:, None]  # slots of offsets below 0 are not seen, whatever they hold
         index = index.clamp(min=0)[..., None, None].expand(B, S, G, K)
@@ -183,7 +183,8 @@ class State:
         self.longest = max(self.longest, source.longest)
 
     def _row_index(self, index: Sequence[int] | Tensor) -> Tensor:
-        rows = torch.as_tensor(index if isinstance(index, Tensor) else list(index), dtype=torch.int64)
+        rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device="cpu")
+        rows = rows.to(torch.int64)
         if rows.dim() != 1 or (rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size):
             raise ValueError(f"rows {rows.tolist()} must be a list within 0 .. {self.batch_size - 1}")
         return rows.to(self.position.device)

@@ -209,7 +209,7 @@ class Generation:
     @torch.no_grad()
     def _next(self, ids: list[int]) -> Choice:
         """Let the model read one token of each row, and choose the next."""
-        tokens = torch.tensor(ids, device=self._state.position.device)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self._state.position.device)
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         self._draw()
@@ -222,7 +222,7 @@ class Generation:
     def _draw(self) -> None:
         """Let each row take its uniform number."""
         numbers = [0.0 if row is None else draws([row.sampling], [row.generator])[0] for row in self._places]
-        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64))
+        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
 
     def _choose(self, logits: Tensor) -> Chosen:
         """Nothing here waits for a GPU: there it is part of the graph of a step."""

@@ -54,8 +54,9 @@ def prefill(
         pieces = [prompts[row][start : start + chunk] for row in rows]
         lengths = [len(piece) for piece in pieces]
         T = max(lengths)
-        tokens = torch.tensor([[*piece, *([0] * (T - len(piece)))] for piece in pieces], device=device)
-        ragged = torch.tensor(lengths, device=device) if min(lengths) < T else None
+        padded = [[*piece, *([0] * (T - len(piece)))] for piece in pieces]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        ragged = torch.tensor(lengths, dtype=torch.int64, device=device) if min(lengths) < T else None
         hidden = model(tokens, part, lengths=ragged)  # (B, T, D)
         start += T
         for index, row in enumerate(rows):

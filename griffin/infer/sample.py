@@ -108,7 +108,9 @@ def sample(
 def draws(samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[float]:
     """Take the uniform number of each row from its generator; greedy rows take none and get 0."""
     return [
-        torch.rand((), generator=generator, dtype=torch.float64).item() if sampling.temperature > 0 else 0.0
+        0.0
+        if sampling.temperature == 0
+        else torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
         for sampling, generator in zip(samplings, generators, strict=True)
     ]
 

@@ -312,7 +312,7 @@ def _check_data(config: TrainConfig, model: GriffinConfig, data: Data) -> None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise GriffinError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

@@ -170,7 +170,7 @@ def _load_averages(file: Path, model: Griffin, optimizer: torch.optim.Optimizer,
             )
     for name, parameter in _trained(model).items():
         averages = {kind: stored[f"{kind}.{name}"].to(parameter.device) for kind in _AVERAGES}
-        count = torch.tensor(float(steps), device=parameter.device)
+        count = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": count, **averages}
 
 
