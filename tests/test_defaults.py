@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What makes a tensor from no other: these take the defaults where dtype and device are not said.
-FACTORIES = {"arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"}
+FACTORIES = {
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+}
 FACTORIES |= {"ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices"}
 FACTORIES |= {"zeros"}
 
@@ -102,6 +113,11 @@ def test_dtype_and_device_are_said_wherever_a_tensor_is_made() -> None:
         for call in calls:
             module, _, name = ast.unparse(call.func).rpartition(".")
             said = {keyword.arg for keyword in call.keywords}
-            if module == "torch" and name in FACTORIES and not {"dtype", "device"} <= said and id(call) not in parameters:
+            if (
+                module == "torch"
+                and name in FACTORIES
+                and not {"dtype", "device"} <= said
+                and id(call) not in parameters
+            ):
                 left_open.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}")
     assert not left_open, "\n".join(left_open)
