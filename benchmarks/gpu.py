@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_check, gpu_decode, gpu_kernels, gpu_peers, gpu_prefill, gpu_train, timing
-from griffin.ops.triton import serve
+from griffin.ops import device as ops_device
 
 PARTS = {
     "check": gpu_check.measure,
@@ -49,11 +49,11 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here; try --small --device cpu, which runs the same code at toy sizes")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    result: dict[str, Any] = {"device": name, "kernels_serve": list(serve.status()), "small": args.small}
+    result: dict[str, Any] = {"device": name, "kernels_serve": list(ops_device.status(device)), "small": args.small}
     correct = True
     # On a CPU the kernels are interpreted, where TRITON_INTERPRET=1 is set; else the definitions are run.
     on_cpu = device.type != "cuda" and gpu_check.interpreted()
-    with serve.serving_cpu() if on_cpu else contextlib.nullcontext():
+    with ops_device.pretending_cuda() if on_cpu else contextlib.nullcontext():
         for part in args.only:
             print(f"\n## {part}: {name}\n", flush=True)
             result[part], text, good = PARTS[part](device, small=args.small)

@@ -11,6 +11,7 @@ from benchmarks.gpu_timing import Part, peak_memory, reset_peak, seconds
 from griffin import PRESETS, Griffin
 from griffin.data.packing import Batch
 from griffin.train.flops import flops_per_token, peak_flops
+from griffin.train.parallel import prepare_blocks
 from griffin.train.step import take_step
 
 
@@ -44,9 +45,8 @@ def step(preset: str, T: int, tokens: int, device: torch.device, small: bool) ->
     line: dict[str, Any] = {"preset": preset, "T": T, "tokens": tokens, "s": None, "mfu": None, "peak_bytes": None}
     generator = torch.Generator(device).manual_seed(0)
     try:
-        model = Griffin(config, device=device, activation_dtype=torch.bfloat16, generator=generator, recompute="cheap")
-        if not small:
-            model.compile_blocks()
+        model = Griffin(config, device=device, activation_dtype=torch.bfloat16, generator=generator)
+        prepare_blocks(model, recompute="cheap", compiled=not small)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         made = torch.randint(0, config.vocab_size, (2, tokens // T, T), device=device, generator=generator)
         batch = Batch(made[0], made[1], torch.arange(T, device=device).repeat(tokens // T, 1))

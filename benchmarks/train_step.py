@@ -28,6 +28,7 @@ from benchmarks import peers, timing
 from griffin import Griffin
 from griffin.loss import cross_entropy
 from griffin.memory import keep_freed_memory, return_freed_memory
+from griffin.train.parallel import prepare_blocks
 
 OURS, RECOMPUTE = "griffin fp32", "griffin fp32, recompute"
 LONG = 4096  # tokens of a row: T x T scores and weights of transformers' four layers take 13 GB at twice as many
@@ -64,7 +65,9 @@ def make(name: str) -> Any:
         return peers.twins()[1].train()
     if name == peers.GEMMA:
         return peers.gemma().train()
-    return Griffin(peers.CONFIG, recompute="all" if name == RECOMPUTE else "none").train()
+    model = Griffin(peers.CONFIG).train()
+    prepare_blocks(model, recompute="all" if name == RECOMPUTE else "none")
+    return model
 
 
 def alone(name: str, shape: str, threads: int, steps: int = 2) -> dict[str, Any] | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from griffin.config import PRESETS, GriffinConfig
-from griffin.errors import GriffinError
-
 if TYPE_CHECKING:
     from griffin.checkpoint import load, load_tokenizer, save
+    from griffin.config import PRESETS, GriffinConfig
+    from griffin.errors import GriffinError
     from griffin.infer.conversation import Conversation
     from griffin.infer.generate import generate
     from griffin.model import Griffin
@@ -31,10 +30,14 @@ __all__ = [
     "save",
 ]
 
-# Imported on first use, so that `griffin --help` and error messages need not wait seconds for torch.
+# Imported on first use, so that `griffin --help` and error messages need not wait seconds for torch, and that a Ctrl-C
+# in the first moments finds the command line already there.
 _HOMES = {
+    "PRESETS": "griffin.config",
     "Conversation": "griffin.infer.conversation",
     "Griffin": "griffin.model",
+    "GriffinConfig": "griffin.config",
+    "GriffinError": "griffin.errors",
     "State": "griffin.state",
     "Tokenizer": "griffin.tokenizer",
     "generate": "griffin.infer.generate",

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from reprlib import repr as brief  # a value read from a file can be of any length, a message cannot
 from types import MappingProxyType
 from typing import Literal, get_args
 
 BlockType = Literal["recurrent", "attention"]
 EmbeddingScale = Literal["bf16", "exact", "none"]
 Init = Literal["recurrentgemma", "paper"]
+
+MOST_LAYERS = 10_000  # the deepest network we know of has 2,500; a layer takes a millisecond before it has any weights
+MOST_SIZE = 2**31 - 1  # of an axis: kernels and token ids are 32 bits
+MOST_PARAMETERS = 10**15  # more have no number of bytes in 63 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +65,11 @@ class GriffinConfig:
         object.__setattr__(self, "block_types", tuple(self.block_types))  # JSON has lists
         if not self.block_types:
             raise ValueError("block_types is empty: name each layer 'recurrent' or 'attention'")
+        if len(self.block_types) > MOST_LAYERS:
+            raise ValueError(f"{len(self.block_types)} layers are more than {MOST_LAYERS}")
         for index, block in enumerate(self.block_types):
             if block not in get_args(BlockType):
-                raise ValueError(f"block_types[{index}]={block!r} is not one of {get_args(BlockType)}")
+                raise ValueError(f"block_types[{index}]={brief(block)} is not one of {get_args(BlockType)}")
         for whole, part in (("width", "num_heads"), ("num_heads", "num_kv_heads"), ("lru_width", "num_gate_blocks")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
@@ -71,22 +78,25 @@ class GriffinConfig:
                 )
         if self.window is not None:
             _require_positive("window", self.window)
-        if not 0.0 <= self.rope_fraction <= 1.0:
-            raise ValueError(f"rope_fraction={self.rope_fraction} is not in [0, 1]")
+        if not _is_number(self.rope_fraction) or not 0.0 <= self.rope_fraction <= 1.0:
+            raise ValueError(f"rope_fraction={brief(self.rope_fraction)} is not in [0, 1]")
         if (rotated := self.head_width * self.rope_fraction) % 2:
             raise ValueError(
                 f"rope_fraction={self.rope_fraction} of head width {self.head_width} rotates {rotated} channels; "
                 "it must be an even whole number"
             )
-        if not self.rms_norm_eps > 0 or not self.rope_base > 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} and rope_base={self.rope_base} must be positive")
+        for name in ("rms_norm_eps", "rope_base"):
+            _require_float32(name, getattr(self, name))
         for name in ("logits_soft_cap", "max_sqrt_gradient"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be positive, or None for none")
+            if getattr(self, name) is not None:
+                _require_float32(name, getattr(self, name), ", or None for none")
         for name, choices in (("embedding_scale", get_args(EmbeddingScale)), ("init", get_args(Init))):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {choices}")
+                raise ValueError(f"{name}={brief(getattr(self, name))} is not one of {choices}")
+        if not isinstance(self.unscaled_first_token, bool):
+            raise ValueError(f"unscaled_first_token={brief(self.unscaled_first_token)} must be true or false")
+        if (count := self.num_parameters()) > MOST_PARAMETERS:
+            raise ValueError(f"these sizes make {count:.0e} parameters, more than {MOST_PARAMETERS:.0e}")
 
     @property
     def num_layers(self) -> int:
@@ -117,7 +127,20 @@ class GriffinConfig:
 
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
+        raise ValueError(f"{name}={brief(value)} must be a positive whole number")
+    if value > MOST_SIZE:
+        raise ValueError(f"{name}={brief(value)} is more than {MOST_SIZE}")
+
+
+def _require_float32(name: str, value: object, otherwise: str = "") -> None:
+    if not _is_number(value):
+        raise ValueError(f"{name}={brief(value)} must be a number{otherwise}")
+    if not 1e-37 < value < 1e38:  # type: ignore[operator]
+        raise ValueError(f"{name}={brief(value)} must be positive and within float32{otherwise}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 FIELD_NAMES = tuple(field.name for field in fields(GriffinConfig))

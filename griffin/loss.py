@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from griffin.ops.triton import serve
-
-NOT_COUNTED = -1  # the target of a token that has nothing to predict
+from griffin import ops
+from griffin.ops.cross_entropy import NOT_COUNTED as NOT_COUNTED
+from griffin.ops.device import own_dtypes
 
 
 def cross_entropy(
@@ -24,7 +24,8 @@ def cross_entropy(
     """Compute sum over counted tokens of logsumexp(c) - c[target], c = cap tanh(hidden embedding^T / cap).
 
     Logits live for one chunk of tokens at a time; where a gradient is wanted it is formed in the same pass, so nothing
-    of size V is kept per token. Logits, softmax and sums are in fp32 (fp64 for fp64).
+    of size V is kept per token. Logits, softmax and sums are in fp32 (fp64 for fp64), under torch.autocast too. There
+    is no second derivative: a backward pass with create_graph=True raises RuntimeError.
 
     Args:
         hidden: (B, T, D) from `Griffin.forward`.
@@ -55,9 +56,10 @@ def cross_entropy(
             )
     if chunk_tokens is None:
         chunk_tokens = max(64, (2**28 if hidden.is_cuda else 2**23) // V)
-    nats = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens
-    )
+    with own_dtypes(hidden.device):
+        nats = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden.flatten(0, 1), embedding, targets.flatten(), soft_cap, chunk_tokens
+        )
     return nats, (targets != NOT_COUNTED).sum()
 
 
@@ -91,7 +93,7 @@ class _CrossEntropy(torch.autograd.Function):
             span = slice(start, start + chunk_tokens)
             h = hidden[span].to(narrow)
             logits = _matmul(h, weight.T, wide)
-            row_nats, d_logits = _of_logits(logits, targets[span], cap, narrow if with_gradient else None)
+            row_nats, d_logits = ops.cross_entropy(logits, targets[span], cap, narrow if with_gradient else None)
             nats += row_nats.sum()
             if d_hidden is None or d_weight is None or d_logits is None:
                 continue
@@ -106,35 +108,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The gradient was computed without a graph. `once_differentiable` would not say so: it raises only where
+            # the incoming gradient has one, and a loss stands last.
+            raise RuntimeError("cross_entropy has no second derivative: take its gradient without create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], d_weight * grads[0], None, None, None
-
-
-def _of_logits(
-    logits: Tensor, targets: Tensor, cap: float | None, slopes: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """Nats (n,) of each row of logits (n, V), and their gradient (n, V) in the dtype `slopes`; None: it is not wanted.
-
-    The logits may be overwritten.
-    """
-    if not torch.compiler.is_compiling() and serve.serves(logits):
-        from griffin.ops.triton import cross_entropy as kernels
-
-        return kernels.cross_entropy(logits, targets, cap, slopes)
-    counted = targets != NOT_COUNTED
-    target = targets.clamp(min=0)[:, None]
-    if cap is not None:
-        logits.div_(cap).tanh_().mul_(cap)
-    normalizer = logits.logsumexp(dim=1, keepdim=True)
-    nats = (normalizer - logits.gather(1, target))[:, 0] * counted
-    if slopes is None:
-        return nats, None
-    d_logits = torch.exp(logits - normalizer)
-    d_logits.scatter_add_(1, target, d_logits.new_full((), -1.0).expand_as(target))
-    if cap is not None:
-        d_logits.mul_(logits.div_(cap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
-    d_logits.mul_(counted[:, None])
-    return nats, d_logits.to(slopes)
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,11 +7,9 @@ a State is passed, nothing else.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict
-from typing import Any, cast
+import uuid
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from torch.nn import functional as F
 
 from griffin.config import GriffinConfig
 from griffin.ops import (
-    add,
     block_diagonal_linear,
     causal_conv1d,
     embed,
@@ -34,9 +31,8 @@ from griffin.ops import (
     rope,
     soft_cap,
 )
+from griffin.ops.device import own_dtypes
 from griffin.ops.rg_lru import C
-from griffin.ops.triton import serve
-from griffin.recompute import Recompute, kept
 from griffin.span import Span, advance_, span_of
 from griffin.state import AttentionState, RecurrentState, State
 
@@ -138,10 +134,10 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
         y = self.linear_y(x)  # (B, T, R)
         inputs = self.linear_x(x)  # (B, T, R)
-        decodes = x.shape[1] == 1 and span.lengths is None and not torch.is_grad_enabled()
-        if state is not None and decodes and serve.serves(inputs, state.conv):
+        if state is not None and x.shape[1] == 1 and span.lengths is None:
             out = self._one_token(inputs[:, 0], y[:, 0], state, span.reset[:, 0])
-            return self.linear_out(out[:, None])  # type: ignore[no-any-return]
+            if out is not None:
+                return self.linear_out(out[:, None])  # type: ignore[no-any-return]
         conv, h0 = (None, None) if state is None else (state.conv, state.h)
         if conv is not None and torch.is_grad_enabled():
             conv = conv.clone()  # kept for the backward pass, while update_ below writes the original
@@ -153,8 +149,8 @@ class RecurrentBlock(nn.Module):
             state.update_(last_h, last_conv)
         return self.linear_out(geglu(y, h))  # type: ignore[no-any-return]
 
-    def _one_token(self, inputs: Tensor, y: Tensor, state: RecurrentState, reset: Tensor) -> Tensor:
-        """What lies between the linears, in one kernel that writes the state in place: a GPU's decode step."""
+    def _one_token(self, inputs: Tensor, y: Tensor, state: RecurrentState, reset: Tensor) -> Tensor | None:
+        """What lies between the linears, where one kernel does it all and writes the state in place."""
         conv, gates = self.conv_1d, self.rg_lru
         return recurrent_step_(
             *(inputs, y, conv.weight[:, 0], conv.bias),
@@ -220,8 +216,18 @@ class Block(nn.Module):
         self.mlp_block = GatedMLP(config)
 
     def forward(self, x: Tensor, state: RecurrentState | AttentionState | None, span: Span) -> Tensor:
-        x = add(x, self.temporal_block(self.temporal_pre_norm(x), state, span))
-        return add(x, self.mlp_block(self.channel_pre_norm(x)))
+        x = x + self.temporal_block(self.temporal_pre_norm(x), state, span)
+        return x + self.mlp_block(self.channel_pre_norm(x))  # type: ignore[no-any-return]
+
+
+class Layers(nn.Module):
+    """The parameters from token to last hidden state, under the names of released weights."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, kind) for kind in config.block_types)
+        self.final_norm = RMSNorm(config.width, config.rms_norm_eps)
 
 
 class Griffin(nn.Module):
@@ -231,12 +237,13 @@ class Griffin(nn.Module):
         config: the architecture.
         device: where the parameters live; None is PyTorch's default. "meta" makes a model without storage.
         dtype: of the parameters.
-        activation_dtype: of the activations; None means as the parameters. fp32 parameters with bf16 activations is
-            mixed-precision training.
+        activation_dtype: of the activations; None means as the embedding, whatever `double()`, `bfloat16()` or `to()`
+            make of it later (as the final norm, once the embedding is quantised). fp32 parameters with bf16
+            activations is mixed-precision training; torch.autocast changes nothing in here.
         generator: the source of the initial weights; None is PyTorch's default generator.
-        recompute: which activations of a block are computed again in the backward pass, not kept: "none", "all" (the
-            activations of one block in memory instead of all, for about a third more time), or "cheap" (all but those
-            of matrix products, the recurrence and attention).
+
+    Attributes:
+        model_id: of this model and its copies; its states bear it.
     """
 
     def __init__(
@@ -247,22 +254,12 @@ class Griffin(nn.Module):
         dtype: torch.dtype = torch.float32,
         activation_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
-        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
-        self._kept = kept
-        self.activation_dtype = activation_dtype or dtype
+        self.config, self.activation_dtype, self.model_id = config, activation_dtype, uuid.uuid4().hex
         self.embedding_scale = _embedding_scale(config)
         with torch.device("meta"):
-            layers = nn.ModuleDict(
-                {
-                    "embed_tokens": Embedding(config.vocab_size, config.width),
-                    "layers": nn.ModuleList(Block(config, kind) for kind in config.block_types),
-                    "final_norm": RMSNorm(config.width, config.rms_norm_eps),
-                }
-            )
-        self.model = layers.to(dtype)  # "model." is the prefix that released weights carry
+            self.model = Layers(config).to(dtype)  # "model." is the prefix that released weights carry
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
             self.model.to_empty(device=device)
@@ -271,11 +268,29 @@ class Griffin(nn.Module):
     @property
     def embedding(self) -> Tensor:
         """(V, D), the input embedding and the output matrix; of a quantised model, a widened copy."""
-        return cast(Tensor, self.model["embed_tokens"].weight)
+        return self.model.embed_tokens.weight
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """What activations and states are in; setting it to None lets it follow the parameters again."""
+        if self._activation_dtype is not None:
+            return self._activation_dtype
+        embedding = self.model.embed_tokens  # a quantised one's numbers are in no dtype of activations
+        followed = embedding if isinstance(embedding, Embedding) else self.model.final_norm
+        return cast(Tensor, followed.weight).dtype
+
+    @activation_dtype.setter
+    def activation_dtype(self, dtype: torch.dtype | None) -> None:
+        self._activation_dtype = dtype
 
     @property
     def device(self) -> torch.device:
-        return cast(Tensor, self.model["final_norm"].weight).device
+        return self.model.final_norm.weight.device
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers in order, each a temporal block and an MLP."""
+        return list(self.model.layers)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -313,21 +328,11 @@ class Griffin(nn.Module):
 
     def run(self, tokens: Tensor, state: State | None, span: Span) -> Tensor:
         """`forward` between its checks and the state's new position: every layer over (B, T) tokens of `span`."""
-        x = self.model["embed_tokens"](tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
-        for index, block in enumerate(cast(nn.ModuleList, self.model["layers"])):
-            if state is None:
-                x = self._kept(block, self.recompute, x, None, span)
-            else:
-                x = block(x, state.layers[index], span)
-        return self.model["final_norm"](x)  # type: ignore[no-any-return]
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks for training with torch.compile: one graph for each kind of block, whatever their number.
-
-        Args:
-            options: of torch.compile; `fullgraph` is True unless given.
-        """
-        self._kept = torch.compile(kept, **{"fullgraph": True, **options})
+        with own_dtypes(tokens.device):
+            x = self.model.embed_tokens(tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
+            for index, block in enumerate(self.blocks):
+                x = block(x, None if state is None else state.layers[index], span)
+            return self.model.final_norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute cap * tanh(hidden embedding^T / cap), or without the cap where the config has none.
@@ -338,47 +343,16 @@ class Griffin(nn.Module):
         Returns:
             (..., V) fp32.
         """
-        embedding = cast(Embedding, self.model["embed_tokens"])
-        return soft_cap(embedding.output(hidden), self.config.logits_soft_cap)
+        with own_dtypes(hidden.device):
+            return soft_cap(self.model.embed_tokens.output(hidden), self.config.logits_soft_cap)
 
-    @torch.inference_mode(False)  # the state must be writable outside inference mode too
-    @torch.no_grad()
     def new_state(self, batch_size: int) -> State:
         """Make the state of `batch_size` rows that have read nothing, on the model's device.
 
         Raises:
             ValueError: batch_size < 0.
         """
-        if batch_size < 0:
-            raise ValueError(f"batch_size={batch_size} must not be negative")
-        config, B, dtype = self.config, batch_size, self.activation_dtype
-        zeros = cast(Tensor, self.model["final_norm"].weight).new_zeros
-        slots = 0 if config.window is None else config.window + 1
-        layers: list[RecurrentState | AttentionState] = [
-            RecurrentState(
-                h=zeros(B, config.lru_width, dtype=torch.promote_types(dtype, torch.float32)),
-                conv=zeros(B, config.conv_width - 1, config.lru_width, dtype=dtype),
-            )
-            if kind == "recurrent"
-            else AttentionState(
-                keys=zeros(B, slots, config.num_kv_heads, config.head_width, dtype=dtype),
-                values=zeros(B, slots, config.num_kv_heads, config.head_width, dtype=dtype),
-                grows=config.window is None,
-            )
-            for kind in config.block_types
-        ]
-        return State(layers, zeros(B, dtype=torch.int64), longest=0, fingerprint=self.fingerprint)
-
-    @torch.no_grad()
-    def fingerprint(self) -> str:
-        """Give a sha256 of the architecture and 16 values of every parameter: two models that differ, differ in it."""
-        architecture = {name: value for name, value in asdict(self.config).items() if name != "init"}
-        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for name, parameter in sorted(self.named_parameters()):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, values.numel() // 16)][:16].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()
+        return State.new(self.config, batch_size, self.activation_dtype, self.device, self.model_id)
 
 
 def _embedding_scale(config: GriffinConfig) -> float | None:

@@ -6,19 +6,20 @@ and `X.weight_scale`, and config.json has "griffin_quantization": {"bits": 8} or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from griffin.config_json import QUANTIZATION as KEY
 from griffin.errors import GriffinError
 from griffin.model import Embedding, Griffin, Linear
 from griffin.ops import dequantize, quantize_int4, quantize_int8, quantized_embed, quantized_linear
 from griffin.ops.quantized import GROUPS, padded_width
+from griffin.replace import replace, replaceable
 
+KEY = "griffin_quantization"  # in config.json
 FORMATS = ("int8", "int4")
 _ROWS_BYTES = 4 * 2**20  # of fp32 quantised at a time: its temporaries are ten times that
 
@@ -143,6 +144,12 @@ class QuantizedEmbedding(_Quantized):
         return self._product(hidden, None, torch.promote_types(hidden.dtype, torch.float32))
 
 
+_KINDS: dict[type[nn.Module], Callable[[Any, Quantization], nn.Module]] = {
+    Linear: QuantizedLinear,
+    Embedding: QuantizedEmbedding,
+}
+
+
 def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None) -> Griffin:
     """Replace the linears and the embedding of a model by int8 or int4 ones, in place, and free the originals.
 
@@ -160,10 +167,7 @@ def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None
     form = to if isinstance(to, Quantization) else Quantization.named(to, group)
     if (now := quantization(model)) is not None:
         raise GriffinError(f"the model is {now.name} already; quantise the original")
-    for owner, name in [(owner, name) for owner, name, _ in _replaced(model)]:
-        # By name: nothing may hold on to the originals, each is freed before the next is quantised.
-        kind = QuantizedLinear if isinstance(getattr(owner, name), Linear) else QuantizedEmbedding
-        setattr(owner, name, kind(getattr(owner, name), form))
+    replace(model, lambda module: _KINDS[type(module)](module, form))
     return model.requires_grad_(False).eval()
 
 
@@ -177,16 +181,7 @@ def quantization(model: Griffin) -> Quantization | None:
 
 def quantized_names(model: Griffin) -> dict[str, torch.Size]:
     """Name the weights that `quantize` replaces, with their shapes."""
-    names = {module: name for name, module in model.named_modules()}
-    found = [child for _, _, child in _replaced(model)]
-    return {f"{names[child]}.weight": child.weight.shape for child in found}
-
-
-def _replaced(model: Griffin) -> Iterator[tuple[nn.Module, str, Any]]:
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, Linear | Embedding):
-                yield owner, name, child
+    return {f"{name}.weight": module.weight.shape for name, module in replaceable(model).items()}
 
 
 def read_quantization(data: Mapping[str, Any], where: str) -> Quantization | None:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from griffin.config import GriffinConfig
-from griffin.ops import flash, next_positions_, rope_table
+from griffin.ops import next_positions_, rope_table
+from griffin.ops.attention import Plan, plan
 from griffin.state import State
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Span:
     sin: Tensor  # (B, T, rope_width / 2) fp32
     earlier: int  # tokens before the call that some query may see
     longest: int  # State.longest after the call
-    documents: flash.Sequences | None = None  # for local_attention on CUDA; None: it makes them
+    documents: Plan | None = None  # what local_attention asks once for all layers
 
 
 def span_of(
@@ -38,41 +41,72 @@ def span_of(
     if state is not None and state.batch_size != B:
         raise ValueError(f"tokens has {B} rows, the state {state.batch_size}: use new_state({B}) or rows()")
     for name, tensor, shape in (("positions", positions, (B, T)), ("lengths", lengths, (B,))):
-        if tensor is not None and (tensor.shape != shape or tensor.is_floating_point()):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _WHOLE):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {shape} whole numbers")
+    if state is not None and torch.is_grad_enabled():
+        _check_gradients(state)
     checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
     padding = None
     if lengths is not None:
         if checked and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
             raise ValueError(f"lengths {lengths.tolist()} must be within 0 .. T={T}")
+        lengths = lengths.to(torch.int64)  # one less than 0 is 255 in uint8
         padding = torch.arange(T, dtype=torch.int64, device=tokens.device) >= lengths[:, None]
     if checked and tokens.numel():
         check_tokens(tokens if padding is None else tokens.masked_fill(padding, 0), config.vocab_size)
     start = tokens.new_zeros(B, dtype=torch.int64) if state is None else state.position
-    longest = 0 if state is None else state.longest
     packed = positions is not None  # documents may start inside rows
     if positions is None:
         positions = start[:, None] + torch.arange(T, dtype=torch.int64, device=tokens.device)
-        longest += T
     else:
         positions = positions.to(torch.int64)
         if checked and B:
             _check_positions(positions, start if state is not None else None, padding)
-        longest = max(longest, int(positions.max()) + 1) if state is not None and B else 0
     reset = positions == 0
     if padding is not None:
         reset = reset & ~padding
     cos, sin = rope_table(positions, config.rope_width, config.rope_base)
-    earlier = 0
+    earlier = longest = 0
     if state is not None:
         earlier = state.longest if config.window is None else min(state.longest, config.window)
+        if packed:
+            longest = _longest_packed(state, positions, padding)
+        else:
+            longest = _longest_after(config, state, lengths, T)
         state.reserve_(longest)
     documents = None
-    waits = packed and torch.compiler.is_compiling()  # to count documents, as a compiled graph cannot
-    if "attention" in config.block_types and T > 1 and flash.applies(tokens.device) and not waits:
+    if "attention" in config.block_types and T > 1:
         at = positions if padding is None else positions.masked_fill(padding, 1)  # padding starts no document
-        documents = flash.sequences(at, earlier, inside=packed)
+        documents = plan(at, earlier, packed=packed)
     return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest, documents)
+
+
+def _longest_after(config: GriffinConfig, state: State, lengths: Tensor | None, T: int) -> int:
+    """State.longest after T more tokens or `lengths` of them: padding does not count.
+
+    On a GPU that would have to be waited for. It is for global attention, whose memory it decides; else T is taken.
+    """
+    waits = state.position.device.type != "cpu" and config.window is not None
+    if lengths is None or waits or torch.compiler.is_compiling():
+        return state.longest + T
+    return max(state.longest, int((state.position + lengths).max()) if len(lengths) else 0)
+
+
+def _longest_packed(state: State, positions: Tensor, padding: Tensor | None) -> int:
+    counted = positions if padding is None else positions.masked_fill(padding, -1)
+    return max(state.longest, int(counted.max()) + 1 if len(counted) else 0)
+
+
+def _check_gradients(state: State) -> None:
+    """Refuse state tensors whose gradients would be lost, before anything is written over them.
+
+    A state carries values, not gradients. h and conv may be results of other operations: their gradients are right.
+    """
+    for name, tensor in state.tensors().items():
+        window = name.endswith(("keys", "values"))
+        if tensor.requires_grad and (tensor.is_leaf or window):
+            other = "" if window else ", or put a result there that is no leaf, such as h * 1"
+            raise ValueError(f"state.{name} requires a gradient and is overwritten in place: detach it{other}")
 
 
 def next_span_(config: GriffinConfig, state: State) -> Span:

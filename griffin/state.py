@@ -1,23 +1,22 @@
-"""What carries over between calls: a value the caller owns, of fixed size, written in place only by `update_`."""
+"""What carries over between calls: a value the caller owns, written in place only by `update_`.
+
+Its size is fixed, whatever it has read; only global attention (a window of None) keeps a key and value of every token.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
-from griffin.files import save_tensors, whole_file
-from griffin.ops import assign_, ring_write_
-
-FORMAT = "griffin-state-1"
+from griffin.ops import ring_write_
 
 
 @dataclass(slots=True, eq=False)
@@ -25,10 +24,13 @@ class RecurrentState:
     h: Tensor  # (B, R) fp32, hidden state of the RG-LRU
     conv: Tensor  # (B, conv_width - 1, R) activation dtype, last inputs of the convolution, oldest first
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.h, self.conv
+
     def update_(self, h: Tensor, conv: Tensor) -> None:
         """Overwrite in place: CUDA graphs need fixed addresses. clone() first to branch."""
-        assign_(self.h, h)
-        assign_(self.conv, conv)
+        self.h.copy_(h.detach())
+        self.conv.copy_(conv.detach())
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,9 @@ class AttentionState:
     keys: Tensor  # (B, S, G, K) activation dtype
     values: Tensor  # (B, S, G, K) activation dtype
     grows: bool  # global attention
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
     def earlier(self, position: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Copy the `count` tokens before `position` (B,) in order of time: keys and values (B, count, G, K).
@@ -80,6 +85,8 @@ class AttentionState:
         self.keys.copy_(torch.where(used, keys.gather(1, index), self.keys))
         self.values.copy_(torch.where(used, values.gather(1, index), self.values))
 
+    @torch.inference_mode(False)  # what is made here must be writable outside inference mode too
+    @torch.no_grad()
     def reserve_(self, slots: int) -> None:
         """Make room for offsets below `slots` (global attention only), at least doubling so that growth is cheap."""
         B, S, G, K = self.keys.shape
@@ -89,16 +96,21 @@ class AttentionState:
             self.values = torch.cat([self.values, self.values.new_zeros(room)], dim=1)
 
 
-class _Model(Protocol):
-    """What loading a state asks of a model."""
+class Model(Protocol):
+    """What a state's file asks of a model; `griffin.model.Griffin` is one."""
 
+    config: GriffinConfig
+
+    @property
+    def model_id(self) -> str: ...
     def new_state(self, batch_size: int) -> State: ...
-    def fingerprint(self) -> str: ...
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class State:
-    """All that a batch of conversations is, besides the weights. Made by `Griffin.new_state`.
+    """All that a batch of conversations is, besides the weights: tensors and plain values. Made by `Griffin.new_state`.
 
     Forking, prefix sharing, beams and sessions are copies of rows: `clone`, `rows`, `set_rows_`, `save`, `load`.
     """
@@ -106,7 +118,45 @@ class State:
     layers: list[RecurrentState | AttentionState]
     position: Tensor  # (B,) int64, offset of the next token in its document
     longest: int  # no row's position is above this; kept on the host so that nothing waits for a GPU
-    fingerprint: Callable[[], str]  # of the model it belongs to; called only by save and load
+    model_id: str  # Griffin.model_id of the model that made it
+
+    @classmethod
+    @torch.inference_mode(False)  # it must be writable outside inference mode too
+    @torch.no_grad()
+    def new(
+        cls,
+        config: GriffinConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        model_id: str,
+    ) -> State:
+        """Make the state of `batch_size` rows that have read nothing.
+
+        Args:
+            config: of the model.
+            batch_size: B, the rows.
+            dtype: of the activations; h is in fp32 (fp64 for fp64).
+            device: where its tensors live.
+            model_id: of the model that makes it.
+
+        Raises:
+            ValueError: batch_size < 0.
+        """
+        if batch_size < 0:
+            raise ValueError(f"batch_size={batch_size} must not be negative")
+        B, zeros = batch_size, partial(torch.zeros, device=device)
+        ring = (B, 0 if config.window is None else config.window + 1, config.num_kv_heads, config.head_width)
+        layers: list[RecurrentState | AttentionState] = [
+            RecurrentState(
+                h=zeros(B, config.lru_width, dtype=torch.promote_types(dtype, torch.float32)),
+                conv=zeros(B, config.conv_width - 1, config.lru_width, dtype=dtype),
+            )
+            if kind == "recurrent"
+            else AttentionState(zeros(ring, dtype=dtype), zeros(ring, dtype=dtype), grows=config.window is None)
+            for kind in config.block_types
+        ]
+        return cls(layers, zeros(B, dtype=torch.int64), longest=0, model_id=model_id)
 
     def __repr__(self) -> str:
         return f"State(batch_size={self.batch_size}, layers={len(self.layers)}, nbytes={self.nbytes})"
@@ -125,8 +175,13 @@ class State:
         named = {"position": self.position}
         for index, layer in enumerate(self.layers):
             names = ("h", "conv") if isinstance(layer, RecurrentState) else ("keys", "values")
-            named |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
+            named |= {f"layers.{index}.{name}": tensor for name, tensor in zip(names, layer.tensors(), strict=True)}
         return named
+
+    def growing(self) -> set[str]:
+        """Name the tensors (B, S, ...) whose S grows with the text: keys and values of global attention."""
+        layers = [i for i, layer in enumerate(self.layers) if isinstance(layer, AttentionState) and layer.grows]
+        return {f"layers.{index}.{name}" for index in layers for name in ("keys", "values")}
 
     def reserve_(self, tokens: int) -> None:
         """Make room for documents of so many tokens: only global attention needs to."""
@@ -153,7 +208,7 @@ class State:
             else AttentionState(layer.keys[rows], layer.values[rows], layer.grows)
             for layer in self.layers
         ]
-        return State(layers, self.position[rows], self.longest, self.fingerprint)
+        return State(layers, self.position[rows], self.longest, self.model_id)
 
     @torch.no_grad()
     def set_rows_(self, index: Sequence[int] | Tensor, source: State) -> None:
@@ -165,111 +220,51 @@ class State:
         rows = self._row_index(index)
         if len(rows) != source.batch_size or len(set(rows.tolist())) != len(rows):
             raise ValueError(f"{rows.tolist()} must name {source.batch_size} different rows, one for each of source's")
-        for mine, theirs in zip(self.layers, source.layers, strict=True):
-            if isinstance(mine, AttentionState) and isinstance(theirs, AttentionState) and mine.grows:
-                mine.reserve_(theirs.keys.shape[1])
-        pairs = []
-        for (name, tensor), theirs_tensor in zip(self.tensors().items(), source.tensors().values(), strict=True):
-            # Global attention may have more slots here than in source: no query of source's rows sees those.
-            target = tensor[:, : theirs_tensor.shape[1]] if tensor.dim() == 4 and theirs_tensor.dim() == 4 else tensor
-            if target.shape[1:] != theirs_tensor.shape[1:] or target.dtype != theirs_tensor.dtype:
+        if source is self:
+            source = self.clone()  # else a row might be read after it was written
+        mine, theirs, growing = self.tensors(), source.tensors(), self.growing()
+        if mine.keys() != theirs.keys() or growing != source.growing():
+            raise ValueError("source has other layers than this state; both states must come from one model")
+        for name, tensor in theirs.items():
+            here, free = mine[name], 2 if name in growing else 1
+            if tensor.shape[free:] != here.shape[free:] or tensor.dtype != here.dtype:
                 raise ValueError(
-                    f"{name} is {tuple(theirs_tensor.shape)} {theirs_tensor.dtype} in source and "
-                    f"{tuple(tensor.shape)} {tensor.dtype} here; both states must come from one model"
+                    f"{name} is {tuple(tensor.shape)} {tensor.dtype} in source and {tuple(here.shape)} {here.dtype} "
+                    "here; both states must come from one model"
                 )
-            pairs.append((target, theirs_tensor))
-        for target, theirs_tensor in pairs:
-            target[rows] = theirs_tensor.to(target.device)
+        for name in growing:
+            self.reserve_(theirs[name].shape[1])
+        for name, here in self.tensors().items():
+            tensor = theirs[name].to(here.device)
+            # There may be more slots here than in source: no query of source's rows sees those.
+            (here[:, : tensor.shape[1]] if name in growing else here)[rows] = tensor
         self.longest = max(self.longest, source.longest)
 
     def _row_index(self, index: Sequence[int] | Tensor) -> Tensor:
-        rows = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device="cpu")
-        rows = rows.to(torch.int64)
+        # Not as_tensor: it would put them on PyTorch's default device, whatever that is.
+        rows = index.long() if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64, device="cpu")
         if rows.dim() != 1 or (rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch_size):
             raise ValueError(f"rows {rows.tolist()} must be a list within 0 .. {self.batch_size - 1}")
         return rows.to(self.position.device)
 
-    def save(self, path: str | Path, *, metadata: dict[str, str] | None = None) -> None:
-        """Write a safetensors file, whole or not at all, with the model's fingerprint and a checksum.
+    def save(self, path: str | Path, model: Model, *, metadata: dict[str, str] | None = None) -> None:
+        """Write a safetensors file, whole or not at all: see `griffin.state_file.save`."""
+        from griffin import state_file  # which needs State
 
-        Args:
-            path: the file.
-            metadata: strings to keep with it (a conversation's text, say); `load_metadata` reads them back.
-        """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        header = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint(),
-            "longest": str(self.longest),
-            "sha256": _digest(tensors, self.longest),
-            "metadata": json.dumps(metadata or {}),
-        }
-        with whole_file(path) as temporary:
-            save_tensors(tensors, temporary, header)
+        state_file.save(self, path, model, metadata=metadata)
 
     @staticmethod
-    def load(path: str | Path, model: _Model) -> State:
-        """Read a state that `save` wrote for this model, onto the model's device.
+    def load(path: str | Path, model: Model) -> State:
+        """Read a state that `save` wrote for this model, onto its device: see `griffin.state_file.load`."""
+        from griffin import state_file  # which needs State
 
-        Raises:
-            GriffinError: the file is missing, damaged, not a state, or belongs to another model.
-        """
-        header, tensors = _read(path)
-        if _digest(tensors, int(header["longest"])) != header["sha256"]:
-            raise GriffinError(f"{path} is damaged: its contents do not match its checksum; use another copy")
-        if header["fingerprint"] != model.fingerprint():
-            raise GriffinError(
-                f"{path} was saved with another model (fingerprint {header['fingerprint'][:12]}, this model is "
-                f"{model.fingerprint()[:12]}); load it with the model it was made by"
-            )
-        state = model.new_state(tensors["position"].shape[0])
-        state.longest = int(header["longest"])
-        for index, layer in enumerate(state.layers):
-            stored = tensors.get(f"layers.{index}.keys")
-            if isinstance(layer, AttentionState) and stored is not None and stored.dim() == 4 and layer.grows:
-                layer.reserve_(stored.shape[1])
-        for name, tensor in state.tensors().items():
-            stored = tensors.get(name)
-            if stored is None or stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-                found = "is missing" if stored is None else f"is {tuple(stored.shape)} {stored.dtype}"
-                raise GriffinError(
-                    f"{path}: {name} {found}, and this model needs {tuple(tensor.shape)} {tensor.dtype}; "
-                    "load the model with the dtype it had when the state was saved"
-                )
-            with torch.no_grad():
-                tensor.copy_(stored)
-        return state
+        return state_file.load(path, model)
 
 
-def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read the strings that were given to `State.save`.
-
-    Raises:
-        GriffinError: the file is missing, damaged or not a state.
-    """
-    header, _ = _read(path)
-    metadata = json.loads(header["metadata"])
-    return {str(key): str(value) for key, value in metadata.items()}
-
-
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except FileNotFoundError as error:
-        raise GriffinError(f"{path} does not exist; give a state saved with State.save or /save") from error
-    except (SafetensorError, OSError) as error:
-        raise GriffinError(f"{path} cannot be read as a state ({error}); use another copy") from error
-    wanted = {"fingerprint", "longest", "sha256", "metadata"}
-    if header.get("format") != FORMAT or "position" not in tensors or wanted - header.keys():
-        raise GriffinError(f"{path} is not a state: its format is {header.get('format')!r}, not {FORMAT!r}")
-    return header, tensors
-
-
-def _digest(tensors: dict[str, Tensor], longest: int) -> str:
-    digest = hashlib.sha256(f"longest {longest}\n".encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def check_origin(state: State, model: Model) -> None:
+    """Raise GriffinError unless this model, or a copy of it, made the state."""
+    if state.model_id != model.model_id:
+        raise GriffinError(
+            "the state was made by another model; go on with the model that it was made by, or, where the weights are "
+            "the same, save it there and load it for this model: State.load compares them"
+        )

@@ -32,7 +32,6 @@ def config() -> TrainConfig:
         steps=1200,
         learning_rate=4e-3,
         min_learning_rate=0.05,
-        warmup_steps=50,
         validate_every=200,
         validation_rows=128,
         checkpoint_every=200,

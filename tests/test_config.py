@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from griffin import PRESETS, Griffin, GriffinConfig
-from griffin.config_json import config_from_json, config_to_json
+from griffin.checkpoint.config_json import config_from_json, config_to_json
 
 # Parameters without the embedding: (Transformer, Hawk, Griffin). Their rounded values are those of the paper's Table 2
 # shapes with 16 gate blocks and the released code's biases.
@@ -72,6 +72,21 @@ def test_families_have_the_paper_s_layers() -> None:
         ({"logits_soft_cap": 0.0}, "logits_soft_cap=0.0 must be positive"),
         ({"init": "xavier"}, "init='xavier'"),
         ({"embedding_scale": "fp8"}, "embedding_scale='fp8'"),
+        ({"vocab_size": 2**62}, "vocab_size=4611686018427387904 is more than 2147483647"),
+        ({"window": 2**64}, "window=18446744073709551616 is more than 2147483647"),
+        ({"vocab_size": 2**31 - 1, "width": 2**24}, "4e\\+16 parameters, more than 1e\\+15"),
+        ({"block_types": 10_001 * ("recurrent",)}, "10001 layers are more than 10000"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must be positive and within float32"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be positive and within float32"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps=1000+\.\.\.0+ must be positive and within float32"),
+        ({"rope_base": float("inf")}, "rope_base=inf must be positive and within float32"),
+        ({"rope_base": True}, "rope_base=True must be a number"),
+        ({"rope_fraction": float("nan")}, "not in \\[0, 1\\]"),
+        ({"rope_fraction": "half"}, "rope_fraction='half'"),
+        ({"logits_soft_cap": 10**400}, r"logits_soft_cap=1000+\.\.\.0+ must be positive"),
+        ({"logits_soft_cap": []}, r"logits_soft_cap=\[\] must be a number, or None"),
+        ({"max_sqrt_gradient": float("inf")}, "max_sqrt_gradient=inf must be positive"),
+        ({"unscaled_first_token": "no"}, "unscaled_first_token='no' must be true or false"),
     ],
 )
 def test_a_wrong_config_names_the_field_and_the_numbers(changes: dict[str, object], message: str) -> None:
@@ -164,11 +179,104 @@ def test_every_released_spelling_is_the_2b_preset(data: dict[str, object]) -> No
         (spelling(embedding_scale="none"), "contradicts"),
         (spelling(rope_theta="x"), "must be a number"),
         (spelling(num_attention_heads=7), "num_attention_heads=7"),
+        (spelling(logits_soft_cap=[]), r"logits_soft_cap=\[\] must be a number"),
+        (spelling(logits_soft_cap=""), "logits_soft_cap='' must be a number"),
+        (spelling(logits_soft_cap=False), "logits_soft_cap=False must be a number"),
+        (spelling(rms_norm_eps=float("inf")), "rms_norm_eps=inf"),
+        (spelling(head_dim={}), r"head_dim=\{\} must be a positive whole number"),
+        (spelling(head_dim=256.0), r"head_dim=256\.0 must be a positive whole number"),
+        (spelling(num_hidden_layers=10**9), "num_hidden_layers=1000000000 is more than 10000"),
+        (spelling(vocab_size=10**400), "vocab_size=1000"),
+        (spelling(intermediate_size=True), "intermediate_size=True"),
+        (spelling(unscaled_first_token=[]), r"unscaled_first_token=\[\]"),
+        (spelling(embeddings_scale_by_sqrt_dim="no"), "embeddings_scale_by_sqrt_dim='no' must be true or false"),
+        (spelling(rope_parameters=[]), r"rope_parameters=\[\] is not supported"),
+        (spelling(rope_parameters={"rope_theta": 10000.0, "factor": 8.0}), "rope_parameters=.* is not supported"),
+        (
+            spelling(rope_parameters={"rope_theta": 500000.0}),
+            r"rope_theta=10000\.0 and 500000\.0 in rope_par.* disagree",
+        ),
+        (spelling(pruned_heads={"0": [1]}), "pruned_heads="),
+        (spelling(suppress_tokens=[5]), r"suppress_tokens=\[5\] is not supported"),
+        (spelling(bad_words_ids=[[5]]), "bad_words_ids="),
+        (spelling(quantization_config={}), "quantised by None"),
+        (spelling(**{f"key{number}" * 30: 0 for number in range(5000)}), "and 4992 more; remove them"),
+        (spelling(hidden_activation="relu" * 5000), "hidden_activation='relu"),
     ],
 )
 def test_a_config_json_that_does_not_fit_is_refused(data: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         config_from_json(data, "config.json")
+    assert len(str(caught.value)) < 800
+
+
+# What transformers 4 adds to config.json when it dumps the whole of it: every field of its PretrainedConfig.
+WHOLE_DUMP = {
+    "_attn_implementation_autoset": False,
+    "_commit_hash": "1234abcd",
+    "_name_or_path": "google/recurrentgemma-2b",
+    "add_cross_attention": False,
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "cache_implementation": None,
+    "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None,
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 20,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": None,
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": None,
+    "top_k": 50,
+    "top_p": 1.0,
+    "torchscript": False,
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+}
+
+
+def test_keys_that_change_nothing_are_passed_over() -> None:
+    """A whole dump of transformers 4.46, each key of it alone, and one of the version that is installed."""
+    assert config_from_json(spelling(**WHOLE_DUMP), "config.json") == PRESETS["recurrentgemma-2b"]
+    for key, value in WHOLE_DUMP.items():
+        assert config_from_json(spelling(**{key: value}), "config.json") == PRESETS["recurrentgemma-2b"]
+    changed = spelling(do_sample=True, max_length=200, cache_implementation="static", tokenizer_class="GemmaTokenizer")
+    assert config_from_json(changed, "config.json") == PRESETS["recurrentgemma-2b"]
+    transformers = pytest.importorskip("transformers")
+    dumped = transformers.RecurrentGemmaConfig(num_key_value_heads=1, intermediate_size=15360).to_dict()
+    assert config_from_json(dumped, "config.json") == PRESETS["recurrentgemma-2b"]
 
 
 def test_a_config_is_frozen_and_knows_no_hardware() -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from griffin.checkpoint import load, load_tokenizer
 from griffin.cli.convert import convert as convert_command
 from griffin.config import GriffinConfig
-from griffin.convert import (
+from griffin.convert.google import (
     convert,
     flax_to_google,
     google_to_griffin,

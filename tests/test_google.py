@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from griffin.config import GriffinConfig
-from griffin.convert import google_to_griffin, griffin_to_google
+from griffin.convert.google import google_to_griffin, griffin_to_google
 from griffin.model import Griffin
 from griffin.state import AttentionState, State
 

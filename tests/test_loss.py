@@ -93,3 +93,24 @@ def test_errors_and_units() -> None:
     assert bits_per_byte(math.log(2) * 80, 10) == pytest.approx(8.0)
     with pytest.raises(ValueError, match="num_bytes=0"):
         bits_per_byte(1.0, 0)
+
+
+def test_a_second_derivative_is_refused_not_dropped() -> None:
+    """A gradient penalty would otherwise train on another loss without a word."""
+    hidden, embedding = torch.randn(1, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    nats, _ = cross_entropy(hidden, embedding, torch.tensor([[1, 2, 3]]))
+    for tensor in (hidden, embedding):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(nats, tensor, create_graph=True)
+    assert torch.autograd.grad(nats, hidden)[0].any()
+
+
+def test_autocast_changes_neither_value_nor_gradient() -> None:
+    hidden, embedding = torch.randn(2, 9, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    targets = torch.randint(0, 40, (2, 9))
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            nats, _ = cross_entropy(hidden, embedding, targets, soft_cap=30.0)
+        found.append((nats, *torch.autograd.grad(nats, (hidden, embedding))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin import PRESETS, Griffin, State
 from griffin.config import griffin_pattern
+from griffin.fingerprint import of as fingerprint_of
 from griffin.ops.rg_lru import C
+from griffin.quantize import quantize
 from griffin.state import AttentionState
+from griffin.train.parallel import prepare_blocks
 
 FAMILIES = ["griffin-tiny", "hawk-tiny", "transformer-tiny"]
 SAME = {"rtol": 0, "atol": 1e-5}  # logits of order 1 after a few dozen fp32 sums in another order
@@ -259,6 +262,86 @@ def test_inference_mode_may_make_and_advance_states(make_model: MakeModel) -> No
     assert torch.equal(state.position, torch.tensor([6]))
 
 
+@torch.no_grad()
+def test_slots_that_grew_in_inference_mode_are_written_outside_it(make_model: MakeModel) -> None:
+    model = make_model("transformer-tiny")
+    ids, state = tokens(1, 20), model.new_state(1)
+    with torch.inference_mode():
+        pieces = [model(ids[:, :12], state), model(ids[:, 12:13], state)]
+    pieces += [model(ids[:, 13:16], state), model(ids[:, 16:], state)]
+    assert_close(torch.cat([piece.clone() for piece in pieces], dim=1), model(ids), **SAME)
+
+
+@torch.no_grad()
+def test_padding_takes_no_slots(make_model: MakeModel) -> None:
+    """Global attention keeps what was read, and of each row that; whatever the padding says, or how much it is."""
+    model = make_model("transformer-tiny")
+    ids = tokens(2, 12)
+    positions = torch.arange(12).repeat(2, 1)
+    positions[0, 3:] = 200_000
+    positions[1, 5:] = -7
+    state = model.new_state(2)
+    model(ids, state, positions=positions, lengths=torch.tensor([3, 5]))
+    assert state.longest == 5
+    state = model.new_state(2)
+    for _ in range(50):
+        hidden = model(ids, state, lengths=torch.tensor([1, 0]))
+    assert state.longest == 50
+    assert state.tensors()["layers.0.keys"].shape[1] <= 96  # 12 doubled until 50 fit
+    assert_close(hidden[0, 0], model(ids[:1, :1].expand(1, 50))[0, -1], **SAME)
+    # The longest row need not be the one that reads most.
+    model(ids, state, lengths=torch.tensor([0, 12]))
+    assert state.longest == 50
+    model(ids, state, lengths=torch.tensor([0, 0]))
+    assert state.longest == 50
+    model(ids, state)
+    assert state.longest == 62
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@torch.no_grad()
+def test_lengths_and_positions_in_any_whole_numbers(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model, ids = make_model(), tokens(3, 9)
+    lengths, positions = torch.tensor([0, 4, 9]), torch.arange(9).repeat(3, 1)
+    states = [model.new_state(3) for _ in range(2)]
+    wanted = model(ids, states[0], positions=positions, lengths=lengths)
+    found = model(ids, states[1], positions=positions.to(dtype), lengths=lengths.to(dtype))
+    assert torch.equal(found[1, :4], wanted[1, :4])
+    assert torch.equal(found[2], wanted[2])
+    for name, tensor in states[0].tensors().items():
+        assert torch.equal(tensor, states[1].tensors()[name]), name
+
+
+@torch.no_grad()
+def test_rows_of_another_shape_are_refused_before_anything_is_written(make_model: MakeModel) -> None:
+    state = make_model(window=16).new_state(2)
+    grown = make_model("transformer-tiny").new_state(2)
+    pointers = {name: tensor.data_ptr() for name, tensor in grown.tensors().items()}
+    for mine, other, message in (
+        (state, make_model(window=8), r"layers\.2\.keys is \(1, 9, 1, 8\) .* and \(2, 17, 1, 8\)"),
+        (state, make_model(window=None), "other layers"),
+        (state, make_model(dtype=torch.bfloat16), r"conv is .*bfloat16 in source and .*float32"),
+        (state, make_model("hawk-tiny"), "other layers"),
+        (grown, make_model("transformer-tiny", num_heads=2), r"keys is \(1, 12, 1, 16\)"),
+    ):
+        source = other.new_state(1)
+        other(tokens(1, 12), source)
+        with pytest.raises(ValueError, match=message):
+            mine.set_rows_([0], source)
+        assert not any(tensor.any() for tensor in mine.tensors().values())
+    assert pointers == {name: tensor.data_ptr() for name, tensor in grown.tensors().items()}
+
+
+@torch.no_grad()
+def test_rows_of_a_state_may_be_exchanged_within_it(make_model: MakeModel) -> None:
+    model = make_model()
+    state = model.new_state(2)
+    model(tokens(2, 9), state)
+    wanted = state.rows([1, 0])
+    state.set_rows_([1, 0], state)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), wanted.tensors().values(), strict=True))
+
+
 def test_the_initialisations_have_their_standard_deviations() -> None:
     config = replace(
         PRESETS["griffin-tiny"],
@@ -303,11 +386,11 @@ def test_the_initialisations_have_their_standard_deviations() -> None:
 
 def test_the_same_generator_gives_the_same_model() -> None:
     models = [Griffin(PRESETS["griffin-tiny"], generator=torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert models[0].fingerprint() == models[1].fingerprint()
+    assert fingerprint_of(models[0]) == fingerprint_of(models[1])
     with torch.no_grad():
         models[1].embedding[5, 5] += 1.0
-        models[1].model["final_norm"].weight[0] += 1e-3
-    assert models[0].fingerprint() != models[1].fingerprint()
+        models[1].model.final_norm.weight[0] += 1e-3
+    assert fingerprint_of(models[0]) != fingerprint_of(models[1])
 
 
 @torch.no_grad()
@@ -327,6 +410,81 @@ def test_bf16_stays_near_fp32(make_model: MakeModel) -> None:
     mixed.load_state_dict(exact.state_dict())
     assert mixed(ids).dtype == torch.bfloat16
     assert_close(mixed.logits(mixed(ids)), full, rtol=0, atol=0.2)
+
+
+@torch.no_grad()
+def test_activations_follow_the_parameters(make_model: MakeModel) -> None:
+    ids = tokens(2, 30)
+    double = Griffin(make_model().config, dtype=torch.float64)
+    double.load_state_dict(make_model().state_dict())
+    for name, dtype in (("double", torch.float64), ("bfloat16", torch.bfloat16), ("half", torch.float16)):
+        model = getattr(make_model(), name)()
+        assert model.activation_dtype == dtype
+        state = model.new_state(2)
+        hidden = model(ids, state)
+        assert hidden.dtype == state.tensors()["layers.0.conv"].dtype == dtype
+        if dtype == torch.float64:
+            assert torch.equal(hidden, double(ids))
+    mixed = Griffin(double.config, activation_dtype=torch.bfloat16).double()
+    assert mixed.activation_dtype == torch.bfloat16
+    mixed.activation_dtype = None
+    assert mixed(ids).dtype == torch.float64
+    quantised = quantize(make_model(dtype=torch.bfloat16), "int8")
+    assert quantised.activation_dtype == quantised(ids).dtype == torch.bfloat16
+    assert quantised.float()(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("T", [1, 12, 40])  # few tokens and many take other kernels
+def test_autocast_changes_nothing(make_model: MakeModel, T: int) -> None:
+    model = make_model()
+    ids, found = tokens(2, T), []
+    for enabled in (False, True):
+        state = model.new_state(2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            logits = model.logits(model(ids))
+            with torch.no_grad():
+                read = model.logits(model(ids, state))
+                more = model.logits(model(ids[:, :1], state))
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append([logits, read, more, *gradients, *state.tensors().values()])
+        assert logits.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_of_a_state_are_right_or_refused(make_model: MakeModel) -> None:
+    model, ids = make_model(), tokens(1, 5)
+    with torch.no_grad():
+        before = model.new_state(1)
+        model(tokens(1, 9, seed=2), before)
+    for name in ("h", "conv", "keys", "values"):
+        layer = 2 if name in ("keys", "values") else 0
+        state = before.clone()
+        leaf = getattr(state.layers[layer], name).requires_grad_()
+        kept = leaf.detach().clone()
+        with pytest.raises(ValueError, match=rf"state\.layers\.{layer}\.{name} requires a gradient"):
+            model(ids, state)
+        assert torch.equal(leaf, kept)
+        assert int(state.position[0]) == 9
+        with torch.no_grad():
+            assert model(ids, state).isfinite().all()  # without gradients it is a state like others
+    for name in ("h", "conv"):
+        gradient, slope = [], []
+        leaf = getattr(before.layers[0], name).clone().requires_grad_()
+        direction = torch.randn_like(leaf)
+        state = before.clone()
+        setattr(state.layers[0], name, leaf * 1)
+        (gradient,) = torch.autograd.grad(model(ids, state).sum(), leaf)
+        double = Griffin(model.config, dtype=torch.float64)
+        double.load_state_dict(model.state_dict())
+        for step in (1e-6, -1e-6):
+            state = double.new_state(1)
+            for key, tensor in state.tensors().items():
+                tensor.copy_(before.tensors()[key])
+            state.longest = before.longest
+            getattr(state.layers[0], name).add_(step * direction)
+            with torch.no_grad():
+                slope.append(double(ids, state).sum())
+        assert_close((gradient * direction).sum().double(), (slope[0] - slope[1]) / 2e-6, rtol=1e-3, atol=1e-4)
 
 
 def test_compiles_into_one_graph(make_model: MakeModel) -> None:
@@ -349,6 +507,9 @@ def test_compiles_into_one_graph(make_model: MakeModel) -> None:
         (lambda m: (tokens(1, 3), None, torch.tensor([[0, 2, 3]])), r"positions\[0, 1\]=2 must be 1 .* or 0"),
         (lambda m: (tokens(1, 3), m.new_state(1), torch.tensor([[4, 5, 6]])), r"positions\[0, 0\]=4 must be 0"),
         (lambda m: (tokens(1, 3), None, torch.tensor([0, 1, 2])), "positions is"),
+        (lambda m: (tokens(1, 3), None, torch.ones(1, 3, dtype=torch.bool)), "positions is .*bool"),
+        (lambda m: (tokens(1, 3), None, torch.ones(1, 3, dtype=torch.complex64)), "positions is .*complex64"),
+        (lambda m: (tokens(1, 3), None, None, torch.ones(1, dtype=torch.bool)), "lengths is .*bool"),
         (lambda m: (tokens(1, 3), None, None, torch.tensor([4])), r"lengths \[4\] must be within 0 \.\. T=3"),
     ],
 )
@@ -394,7 +555,8 @@ def test_recomputed_activations_give_the_same_gradients_from_less_memory() -> No
     ids = torch.randint(0, config.vocab_size, (2, 64))
     gradients, kept = [], []
     for recompute in ("none", "all"):
-        model = Griffin(config, generator=torch.Generator().manual_seed(0), recompute=recompute)
+        model = Griffin(config, generator=torch.Generator().manual_seed(0))
+        prepare_blocks(model, recompute=recompute)
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -434,7 +596,8 @@ def test_cheap_recomputation_gives_the_same_gradients_with_kernels(preset: str, 
     ids, gradients = tokens(2, 80), []
     for recompute in ("none", "cheap"):
         generator = torch.Generator().manual_seed(0)
-        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator, recompute=recompute)
+        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator)
+        prepare_blocks(model, recompute=recompute)
         model(ids).float().square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -450,10 +613,8 @@ def test_cheap_recomputation_runs_the_recurrence_once(
     gradients, memory = {}, {}
     for recompute in ("none", "cheap"):
         model = make_model(dtype=torch.float64)  # the definitions, which PyTorch sees
-        model.recompute = recompute
-        if compiled:
-            torch._dynamo.reset()
-            model.compile_blocks(backend="aot_eager")
+        torch._dynamo.reset()
+        prepare_blocks(model, recompute=recompute, compiled=compiled, backend="aot_eager")
         sizes: list[int] = []
 
         def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -482,11 +643,10 @@ def test_compiled_blocks_give_the_same_gradients(preset: str, activations: torch
     positions[0, 17:] -= 17
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(0)
-        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator, recompute="cheap")
-        if compiled:
-            torch._dynamo.reset()
-            counters.clear()
-            model.compile_blocks(backend="aot_eager")
+        model = Griffin(PRESETS[preset], activation_dtype=activations, generator=generator)
+        torch._dynamo.reset()
+        counters.clear()
+        prepare_blocks(model, recompute="cheap", compiled=compiled, backend="aot_eager")
         hidden = model(ids, positions=positions)
         (hidden.float() * torch.linspace(-1, 1, hidden.numel()).view(hidden.shape)).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

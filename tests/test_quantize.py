@@ -15,8 +15,9 @@ from torch import Tensor
 
 import griffin
 from griffin import Griffin, GriffinError, State
-from griffin.config_json import QUANTIZATION
+from griffin.fingerprint import of as fingerprint_of
 from griffin.loss import cross_entropy
+from griffin.quantize import KEY as QUANTIZATION
 from griffin.quantize import Quantization, quantization, quantize, quantized_names
 
 MakeModel = Callable[..., Griffin]
@@ -69,11 +70,11 @@ def test_only_the_linears_and_the_embedding_are_quantised(make_model: MakeModel)
     assert any("conv_1d" in name for name in kept)
     assert "model.embed_tokens.weight" in names
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.fingerprint() != make_model().fingerprint()
+    assert fingerprint_of(model) != fingerprint_of(make_model())
     changed = dict(model.named_parameters())["model.embed_tokens.weight_q"]
-    before_change = model.fingerprint()
+    before_change = fingerprint_of(model)
     changed[0, 0] ^= 1
-    assert model.fingerprint() != before_change
+    assert fingerprint_of(model) != before_change
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -89,7 +90,7 @@ def test_saved_loaded_and_quantised_while_loading_are_one(
         assert quantization(found) == form
         assert found.activation_dtype == dtype
         assert not found.training
-        assert found.fingerprint() == model.fingerprint()
+        assert fingerprint_of(found) == fingerprint_of(model)
         assert found.state_dict().keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
             assert tensor.dtype == found.state_dict()[name].dtype
@@ -107,7 +108,7 @@ def test_small_slabs_give_the_same(tmp_path: Path, make_model: MakeModel, monkey
     model = make_model()
     griffin.save(model, tmp_path / "model")
     whole = griffin.load(tmp_path / "model", quantize="int4").state_dict()
-    monkeypatch.setattr("griffin.checkpoint._SLAB_BYTES", 1000)
+    monkeypatch.setattr("griffin.checkpoint.read._SLAB_BYTES", 1000)
     monkeypatch.setattr("griffin.quantize._ROWS_BYTES", 700)
     seen: list[tuple[int, int]] = []
     slabs = griffin.load(tmp_path / "model", quantize="int4", progress=lambda *of: seen.append(of)).state_dict()
@@ -121,7 +122,7 @@ def test_states_and_losses_go_on_working(tmp_path: Path, make_model: MakeModel) 
     with torch.no_grad():
         state = model.new_state(1)
         model(ids[:, :7], state)
-        state.save(tmp_path / "state")
+        state.save(tmp_path / "state", model)
         again = State.load(tmp_path / "state", model)
         assert torch.equal(model(ids[:, 7:], again), model(ids[:, 7:], state))
         hidden = model(ids)
@@ -142,8 +143,8 @@ def test_training_is_refused_in_one_line(make_model: MakeModel) -> None:
     model = quantize(make_model(), "int8")
     with pytest.raises(GriffinError, match=r"^a quantised model cannot be trained; load it without quantize$"):
         model.train()
-    model.model["final_norm"].weight.requires_grad_(True)
-    model.model["layers"][0].temporal_pre_norm.weight.requires_grad_(True)
+    model.model.final_norm.weight.requires_grad_(True)
+    model.model.layers[0].temporal_pre_norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"^a quantised model cannot be trained; load it without quantize$"):
         model(tokens(model, 1, 3))
 

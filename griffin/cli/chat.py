@@ -5,20 +5,26 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from griffin.cli import options
+from griffin.cli import options, streams
+from griffin.cli.failure import explain
+from griffin.cli.waiting import Waiting
+from griffin.errors import GriffinError, printable
 
 if TYPE_CHECKING:
     from griffin.infer.conversation import Conversation
     from griffin.infer.generate import Options
 
 HELP = """\
-/save FILE    write the conversation: one file, whose size does not depend on its length
+/save FILE    write the conversation: one file, the state and the text
+/save! FILE   the same over a file that is not a saved conversation
 /load FILE    go on with a saved conversation; nothing is read again
 /fork NAME    keep the conversation as it is now under NAME, and go on here
 /switch NAME  go on with NAME; this one is kept too
@@ -75,7 +81,11 @@ def chat(
         stop=stop or (),
         prefill_chunk=chunk,
     )
-    first = Conversation(loaded, tokenizer) if load is None else Conversation.load(load, loaded, tokenizer)
+    first = (
+        Conversation(loaded, tokenizer)
+        if load is None
+        else Conversation.load(Path(load).expanduser(), loaded, tokenizer)
+    )
     if not first.has_template:
         note("This model has no chat template: it continues your text. An empty line lets it go on.")
     note("/help lists the commands.")
@@ -97,6 +107,7 @@ class Chat:
         self.kept: dict[str, Conversation] = {}
         self.commands: dict[str, Callable[[str], None]] = {
             "/save": self.save,
+            "/save!": lambda path: self.save(path, over_anything=True),
             "/load": self.load,
             "/fork": self.fork,
             "/switch": self.switch,
@@ -124,24 +135,34 @@ class Chat:
             if line.strip() in ("/quit", "/exit"):
                 return
             try:
-                self.take(line)
-            except (ValueError, OSError) as error:
-                note(f"error: {' '.join(str(error).split())}")
+                self.take(line.removesuffix("\r"))
+            except KeyboardInterrupt:  # in a command
+                note("\nstopped")
+            except BaseException as error:  # a panic of a library is no Exception
+                # Whatever one line of it does, a conversation of hours goes on, as it was before.
+                if (text := explain(error)) is None:
+                    if not isinstance(error, Exception):
+                        raise
+                    note(traceback.format_exc())
+                    text = "a mistake in griffin, not yours; the conversation is as it was before, and /save keeps it"
+                note(f"error: {text}")
 
     def take(self, line: str) -> None:
         """Do a command, or answer a message."""
-        if line.startswith("/") and not line.startswith("//"):
-            name, _, argument = line.strip().partition(" ")
+        streams.check_text(line, "your message")
+        command = line.strip()
+        if command.startswith("/") and not command.startswith("//"):
+            name, _, argument = command.partition(" ")
             if name not in self.commands:
                 note(f"{name} is no command; /help lists them. A message that begins with / is written with two.")
                 return
             self.commands[name](argument.strip())
-        elif line.strip() or not self.conversation.has_template:
-            self.answer(line.removeprefix("/") if line.startswith("//") else line)
+        elif command or not self.conversation.has_template:
+            self.answer(line.replace("/", "", 1) if command.startswith("//") else line)
 
     def answer(self, text: str) -> None:
         """Print the answer as it comes. Ctrl-C stops it where it is, and what was said stays said."""
-        waiting = options.Waiting("Reading")
+        waiting = Waiting("Reading")
         began, first, count = time.perf_counter(), 0.0, 0
         before = self.conversation.tokens_read
         with _interrupts() as interrupted:
@@ -177,19 +198,26 @@ class Chat:
             rate = f", {(count - 1) / (ended - first):.1f} tokens/s" if count > 1 else ""
             note(f"[read {read} tokens in {first - began:.2f} s; {count} tokens{rate}]")
 
-    def save(self, path: str) -> None:
+    def save(self, path: str, over_anything: bool = False) -> None:
         if not path:
             note("usage: /save FILE")
             return
-        self.conversation.save(path)
-        note(f"saved to {path}")
+        file = Path(path).expanduser()
+        if not file.parent.is_dir():
+            raise GriffinError(f"there is no folder {file.parent}; make it first")
+        if file.is_dir():
+            raise GriffinError(f"{file} is a folder; give the name of a file in it")
+        if file.exists() and not over_anything and not _is_state(file):
+            raise GriffinError(f"{file} is not a saved conversation; /save! {path} writes over it")
+        self.conversation.save(file)
+        note(f"saved to {file}")
 
     def load(self, path: str) -> None:
         if not path:
             note("usage: /load FILE")
             return
         here = self.conversation
-        self.conversation = type(here).load(path, here.model, here.tokenizer)
+        self.conversation = type(here).load(Path(path).expanduser(), here.model, here.tokenizer)
         note(f"{_turns(self.conversation)}, {self.conversation.tokens_read:,} tokens read before")
         if self.conversation.messages:
             options.show(f"… {self.conversation.messages[-1]['content'][-200:]}\n")
@@ -228,7 +256,18 @@ class Chat:
 
 def note(text: str) -> None:
     """Say something that is not the model's, dimmed, on stderr: stdout holds answers only."""
-    typer.secho(text, dim=True, err=True)
+    typer.secho(printable(text), dim=True, err=True)
+
+
+def _is_state(file: Path) -> bool:
+    """Whether a file is a state of any version: what may be written over without asking."""
+    from griffin.reading import open_tensors
+
+    try:
+        with open_tensors(file) as opened:
+            return str((opened.metadata() or {}).get("format")).startswith("griffin-state")
+    except GriffinError:
+        return False
 
 
 def _turns(conversation: Conversation) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shlex
-import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from griffin.cli.waiting import Waiting
 from griffin.config import EmbeddingScale
-
-SLOW_S = 2.0  # what takes longer shows what it is at
+from griffin.errors import printable
 
 
 def convert(
@@ -52,15 +50,13 @@ def convert(
     """
     from griffin.convert import convert as convert_checkpoint  # after --help has been answered
 
-    status = Console(stderr=True).status("Converting")
-    later = threading.Timer(SLOW_S, status.start)
+    waiting = Waiting("Converting")
     lines: list[str] = []
 
     def report(line: str) -> None:
         lines.append(line)
-        status.update(line)
+        waiting.update(line)
 
-    later.start()
     try:
         convert_checkpoint(
             source,
@@ -74,9 +70,7 @@ def convert(
             report=report,
         )
     finally:
-        later.cancel()
-        later.join()
-        status.stop()
+        waiting.stop()
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
     typer.echo(f"Next: griffin generate {shlex.quote(str(destination))} 'Once upon a time'")

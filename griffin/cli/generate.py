@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from griffin.cli import options
+from griffin.cli import options, streams
+from griffin.cli.waiting import Waiting
 from griffin.errors import GriffinError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def generate(
     ids = [
         tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in texts
     ]
-    waiting = options.Waiting("Reading the prompt" if len(texts) == 1 else "Reading the prompts")
+    waiting = Waiting("Reading the prompt" if len(texts) == 1 else "Reading the prompts")
     settings = Options(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -99,31 +100,44 @@ def generate(
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     """Collect the prompts of the command line, of stdin where one is "-", and of the file.
 
+    A line of the file ends with a line feed, or carriage return and line feed, and nothing else. A byte order mark is
+    no text.
+
     Raises:
-        GriffinError: there are none, or the file is not UTF-8.
+        GriffinError: there are none, or one is not UTF-8.
     """
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = []
+    for number, prompt in enumerate(prompts, start=1):
+        text = sys.stdin.read() if prompt == "-" else prompt
+        streams.check_text(text, "stdin" if prompt == "-" else f"prompt {number}")
+        texts.append(text)
     if file is not None:
-        try:
-            texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise GriffinError(f"{file}: not UTF-8 text ({error.reason}); convert it first") from error
+        text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+        streams.check_text(text, str(file))
+        texts += [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
     if not texts:
         raise GriffinError("no prompts; give a text, - for stdin, or --file with one prompt per line")
     return texts
 
 
-def print_stream(pieces: Iterator[Piece], waiting: options.Waiting) -> None:
-    for piece in pieces:
-        waiting.stop()
-        options.show(str(piece))
-    typer.echo()
+def print_stream(pieces: Iterator[Piece], waiting: Waiting) -> None:
+    begun = False
+    try:
+        for piece in pieces:
+            waiting.stop()
+            begun = True
+            options.show(str(piece))
+    finally:
+        if begun:  # what is said of an interrupt or an error has a line of its own
+            typer.echo()
 
 
 def print_completion(prompt: str, index: int, count: int, completion: Completion, tokenizer: Tokenizer) -> None:
     if count > 1:
         shown = " ".join(prompt.split())
-        typer.echo(f"{'' if index == 0 else chr(10)}== {index + 1}: {shown if len(shown) < 70 else shown[:69] + '…'}")
+        options.show(
+            f"{'' if index == 0 else chr(10)}== {index + 1}: {shown if len(shown) < 70 else shown[:69] + '…'}\n"
+        )
     options.show(completion.text + "\n")
     for each in completion.logprobs or ():
         typer.echo(logprob_line(each, tokenizer))
@@ -148,4 +162,5 @@ def as_line(prompt: str, completion: Completion) -> str:
     }
     if completion.logprobs is not None:
         content["logprobs"] = [asdict(each) for each in completion.logprobs]
-    return json.dumps(content, ensure_ascii=False)
+    # An escape of stdout's for a character that its encoding has not would be no JSON.
+    return json.dumps(content, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf"))

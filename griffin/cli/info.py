@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from griffin.cli import options
+from griffin.errors import printable
 
 
 def info(
@@ -28,13 +29,13 @@ def info(
 
         griffin info my-model --device cuda --json
     """
-    place = options.find_device(device)
+    import torch  # after --help has been answered
 
-    import torch
+    from griffin.checkpoint.describe import describe
+    from griffin.machine import find_device
+    from griffin.ops.device import serving
 
-    from griffin.infer.describe import describe
-    from griffin.ops.kernels import serving
-
+    place = find_device(device)
     found = describe(model, None if dtype is None else getattr(torch, dtype.value))
     kernels, config = serving(place), found.config
     kind = str(found.dtype).removeprefix("torch.")
@@ -60,7 +61,7 @@ def info(
         "device": place,
     }
     for name, value in rows.items():
-        typer.echo(f"{name:12}{value}")
+        typer.echo(printable(f"{name:12}{value}"))
     typer.echo("\nKernels")
     widths = [max(len(getattr(row, column)) for row in kernels) + 2 for column in ("op", "kernel")]
     for row in kernels:

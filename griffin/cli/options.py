@@ -5,20 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from enum import StrEnum
-from threading import Timer
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from griffin.errors import GriffinError
+from griffin.cli.waiting import Waiting
 from griffin.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from griffin.model import Griffin
     from griffin.tokenizer import Tokenizer
-
-SLOW_S = 2.0  # what takes longer shows what it is at
 
 
 class Dtype(StrEnum):
@@ -43,32 +39,6 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activati
 Chunk = Annotated[int, typer.Option(help="Tokens of a prompt read at once: more is faster and takes more memory.")]
 
 
-class Waiting:
-    """Say on stderr, if it is a terminal, what is being waited for, once that has taken two seconds.
-
-    Args:
-        what: is being done.
-    """
-
-    def __init__(self, what: str) -> None:
-        console = Console(stderr=True)
-        self._what, self._status = what, console.status(what)
-        self._timer = Timer(SLOW_S, self._status.start)
-        self._timer.daemon = True
-        if console.is_terminal:
-            self._timer.start()
-
-    def progress(self, done: int, total: int) -> None:
-        self._status.update(f"{self._what}: {done:,} of {total:,}")
-
-    def stop(self) -> None:
-        """Take it off the screen. Further calls change nothing."""
-        self._timer.cancel()
-        if self._timer.ident is not None:
-            self._timer.join()
-        self._status.stop()
-
-
 def show(text: str) -> None:
     """Print generated text at once. A terminal gets no control characters but line breaks and tabs."""
     if sys.stdout.isatty():
@@ -88,6 +58,7 @@ def open_model(name: str, device: str, dtype: Dtype | None) -> tuple[Griffin, To
         import torch
 
         from griffin import checkpoint
+        from griffin.machine import find_device
 
         place = find_device(device)
         tokenizer = checkpoint.load_tokenizer(name)
@@ -98,23 +69,3 @@ def open_model(name: str, device: str, dtype: Dtype | None) -> tuple[Griffin, To
         return model, tokenizer
     finally:
         waiting.stop()
-
-
-def find_device(name: str) -> str:
-    """Return a device's name, or what "auto" stands for here.
-
-    Raises:
-        GriffinError: there is no such device.
-    """
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return "cuda" if gpus else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise GriffinError(f"--device {name}: there is no such device; cpu, cuda, cuda:1 and auto are") from error
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise GriffinError(f"--device {name}: PyTorch sees {gpus} CUDA devices here; use --device cpu")
-    return name

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import lzma
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from griffin.errors import GriffinError
+from griffin.train.display import reporting
 
-SUFFIXES = (".txt", ".txt.xz")
-CHUNK_CHARS = 1 << 18
 SAMPLE_TEXTS = 32  # at least, where there are as many: what bytes per token is measured on
 
 app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
@@ -30,15 +25,15 @@ def _group() -> None:
 
 @app.command(no_args_is_help=True)
 def train(
-    files: Annotated[list[Path], typer.Argument(help="Text files (.txt, .txt.xz) or folders of them.")],
+    files: Annotated[list[Path], typer.Argument(help="Text files (.txt, .jsonl, also .xz) or folders of them.")],
     vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")],
     output: Annotated[Path, typer.Option(help="Folder to write tokenizer.json into.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer that is there already.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on text files.
 
-    Any text survives encoding and decoding unchanged. A line that holds one NUL character separates documents and is
-    not learnt.
+    Any text survives encoding and decoding unchanged. The files are read as `griffin train` reads them: a line of a
+    .txt that holds one NUL character separates documents, a line of a .jsonl is an object with a "text".
 
     Examples:
 
@@ -46,32 +41,28 @@ def train(
 
         griffin tokenizer train a.txt b.txt.xz --vocab-size 4096 --output my-tokenizer --force
     """
-    from griffin.tokenizer import Tokenizer  # after --help has been answered
-    from griffin.tokenizer_files import TOKENIZER_FILES
+    from griffin.data.prepare import learning_pieces  # after --help has been answered
+    from griffin.data.text import read_parts, text_files
+    from griffin.tokenizer import Tokenizer
+    from griffin.tokenizer.files import TOKENIZER_FILES
 
     for name in () if force else TOKENIZER_FILES:  # models and data made with the old one would no longer fit
         if (output / name).exists():
             raise GriffinError(f"{output / name} exists; choose another folder, or --force to replace it")
-    paths = text_files(files)
+    paths = [file for path in files for file in text_files(path)]
     sample = Sample()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=sum(path.stat().st_size for path in paths))
+    with reporting(Console(stderr=True)) as report:
 
         def texts() -> Iterator[str]:
-            before = 0
-            for path in paths:
-                for text, position in read_text(path):
-                    progress.update(task, completed=before + position)
-                    sample.add(text)
-                    yield text
-                before += path.stat().st_size
+            for text in learning_pieces(read_parts(paths, report)):
+                sample.add(text)
+                yield text
             if not sample.texts:
                 raise GriffinError(f"{', '.join(map(str, files))}: no text in {len(paths)} files; give files with text")
-            progress.update(task, description="merging", total=None)
+            report("merging", 0, 0)
 
         tokenizer = Tokenizer.train(texts(), vocab_size)
-        progress.update(task, description="measuring")
+        report("measuring", 0, 0)
         num_tokens = sum(map(len, tokenizer.encode_batch(sample.texts, bos=False)))
         num_bytes = sum(len(text.encode()) for text in sample.texts)
         tokenizer.save(output)
@@ -97,45 +88,3 @@ class Sample:
         self.seen += 1
         if len(self.texts) == 2 * SAMPLE_TEXTS:
             self.texts, self.stride = self.texts[::2], 2 * self.stride
-
-
-def text_files(paths: list[Path]) -> list[Path]:
-    """Return the text files named, and those in the folders named, in a fixed order.
-
-    Raises:
-        GriffinError: a path does not exist, is no text file, or is a folder without any.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-            if not inside:
-                raise GriffinError(f"{path}: no {' or '.join(SUFFIXES)} files in this folder")
-            files += inside
-        elif not path.is_file():
-            raise GriffinError(f"{path}: no such file or folder")
-        elif not path.name.endswith(SUFFIXES):
-            raise GriffinError(f"{path}: not a text file by its name; rename it to end in {' or '.join(SUFFIXES)}")
-        else:
-            files.append(path)
-    return files
-
-
-def read_text(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield (text, bytes of the file read so far): whole lines, documents apart.
-
-    Raises:
-        GriffinError: the file is not UTF-8, or a damaged .xz.
-    """
-    with path.open("rb") as raw:
-        binary = lzma.open(raw) if path.name.endswith(".xz") else raw  # noqa: SIM115 (closed with raw)
-        lines = io.TextIOWrapper(cast(IO[bytes], binary), encoding="utf-8", newline="")
-        try:
-            while chunk := lines.read(CHUNK_CHARS) + lines.readline():
-                for text in re.split(r"(?m)^\0\r?\n", chunk):
-                    if text:
-                        yield text, raw.tell()
-        except UnicodeDecodeError as error:
-            raise GriffinError(f"{path}: not UTF-8 text ({error.reason}); convert it first") from error
-        except (lzma.LZMAError, EOFError) as error:
-            raise GriffinError(f"{path}: not a whole .xz file ({error}); download it again") from error

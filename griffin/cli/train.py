@@ -9,16 +9,20 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from griffin.cli import streams
 from griffin.config import PRESETS, GriffinConfig, griffin_pattern
-from griffin.errors import GriffinError
-from griffin.model import Griffin
-from griffin.tokenizer import Tokenizer
-from griffin.train.config import TrainConfig, override
+from griffin.errors import GriffinError, printable
+
+if TYPE_CHECKING:
+    from griffin.model import Griffin
+    from griffin.tokenizer import Tokenizer
+    from griffin.train.config import TrainConfig
+    from griffin.train.loop import Result
 
 # From how many bytes of text a choice holds: (bytes, tokens of the BPE, width, layers, steps). Chosen for a few minutes
 # on two cores; the last one is the recipe for Shakespeare, the others learn a smaller text by heart later than that.
@@ -46,8 +50,8 @@ def train(
 ) -> None:
     """Train a model on a text, or as a recipe says.
 
-    Ctrl-C ends after the current step with a checkpoint; a run that was killed goes on with --resume as if it had not
-    been.
+    Ctrl-C ends after the current step with a checkpoint, and status 130; a run that was stopped or killed goes on with
+    --resume as if it had not been.
 
     Examples:
 
@@ -59,36 +63,45 @@ def train(
 
         griffin train books/ --set device=cuda --set dtype=bf16 --set compile=true --set recompute=cheap
     """
-    console = Console(highlight=False)
+    from griffin.train.config import override  # these import torch: after --help has been answered
+    from griffin.train.display import going_on
+    from griffin.train.loop import train as run_training
+
     run = run or Path("runs") / what.name.split(".")[0]
-    if what.suffix == ".py":
-        if preset is not None:
-            raise GriffinError(f"--preset {preset}: a recipe names its own model; use --set model.width=... instead")
-        config = load_recipe(what)
-    else:
-        config, chosen = for_text(what, preset)
-        console.print(chosen, markup=False, soft_wrap=True)
-    config = override(config, settings or [])
+    with going_on(Console(highlight=False)) as console:
+        if what.suffix == ".py":
+            if preset is not None:
+                raise GriffinError(
+                    f"--preset {preset}: a recipe names its own model; use --set model.width=... instead"
+                )
+            config = load_recipe(what)
+        else:
+            config, chosen = for_text(what, preset)
+            console.print(printable(chosen), markup=False, soft_wrap=True)
+        config = override(config, settings or [])
+        result = run_training(config, run, resume=resume, sampler=sample, console=console)
+        console.print(printable(what_next(config, result)), markup=False, soft_wrap=True)
+    streams.let_go()  # a log that found no room does not make the training a failed one
+    if result.signal is not None and not result.finished:
+        raise typer.Exit(128 + result.signal)  # what a shell gives a program that the signal ended
 
-    from griffin.train.loop import train as run_training  # after --help has been answered
 
-    result = run_training(config, run, resume=resume, sampler=sample, console=console)
+def what_next(config: TrainConfig, result: Result) -> str:
+    """How a run ended, and commands to copy that go on from there."""
+    name = command_name()
     if result.model_folder is None:
-        again = [command_name(), *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"]
-        console.print(f"stopped at step {result.step} of {config.steps}; go on with", markup=False)
-        console.print(f"  {shlex.join(again)}", markup=False, soft_wrap=True)
-        return
+        again = [name, *(argument for argument in sys.argv[1:] if argument != "--resume"), "--resume"]
+        return f"stopped at step {result.step} of {config.steps}; go on with\n  {shlex.join(again)}"
     prompt = shlex.quote(config.sample_prompt.strip() or "Once")
     measured = result.validation_bits_per_byte
     quality = "" if measured is None else f", {measured:.3f} bits per byte of text it has not seen"
-    console.print(f"trained in {result.seconds / 60:.1f} minutes{quality}", markup=False)
-    console.print(
+    folder = shlex.quote(str(result.model_folder))
+    return (
+        f"trained in {result.seconds / 60:.1f} minutes{quality}\n"
         f"the model is in {result.model_folder}; next:\n"
-        f"  {command_name()} generate {shlex.quote(str(result.model_folder))} {prompt}\n"
-        f"  {command_name()} chat {shlex.quote(str(result.model_folder))}\n"
-        f"  {command_name()} train your-own.txt",
-        markup=False,
-        soft_wrap=True,
+        f"  {name} generate {folder} {prompt}\n"
+        f"  {name} chat {folder}\n"
+        f"  {name} train your-own.txt"
     )
 
 
@@ -99,10 +112,23 @@ def command_name() -> str:
 
 
 def sample(model: Griffin, tokenizer: Tokenizer, prompt: str) -> str:
-    """Continue a prompt by 200 tokens, the same way each time."""
+    """Continue a prompt by 200 tokens, the same way each time.
+
+    An empty prompt is BOS; where a vocabulary has none, as GPT-2's, the end of a text, behind which another begins.
+
+    Raises:
+        GriffinError: it has neither.
+    """
     from griffin.infer.generate import generate
 
-    [completion] = generate(model, tokenizer, [prompt], max_tokens=200, temperature=0.8, seed=0)
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.eos_id is not None:
+        ids = [tokenizer.eos_id]
+    if not ids:
+        raise GriffinError(
+            f"sample_prompt={prompt!r} has no tokens, and the vocabulary neither BOS nor EOS; set it to a text"
+        )
+    [completion] = generate(model, tokenizer, [ids], max_tokens=200, temperature=0.8, seed=0)
     return prompt + completion.text
 
 
@@ -114,6 +140,8 @@ def load_recipe(path: Path) -> TrainConfig:
     """
     if not path.is_file():
         raise GriffinError(f"{path}: no such recipe")
+    from griffin.train.config import TrainConfig
+
     try:
         names = runpy.run_path(str(path))
         if not callable(names.get("config")):
@@ -123,7 +151,7 @@ def load_recipe(path: Path) -> TrainConfig:
         raise
     except SyntaxError as error:
         raise GriffinError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+    except Exception as error:  # of a program that is the user's own
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = f", line {frames[-1].lineno}" if frames else ""
         raise GriffinError(f"{path}{line}: {type(error).__name__}: {error}") from error
@@ -139,6 +167,7 @@ def for_text(path: Path, preset: str | None) -> tuple[TrainConfig, str]:
         GriffinError: there is no text at `path`, or no preset of that name.
     """
     from griffin.data.text import text_files
+    from griffin.train.config import TrainConfig
 
     files = text_files(path)
     # An .xz file holds about three times its size.
@@ -155,7 +184,7 @@ def for_text(path: Path, preset: str | None) -> tuple[TrainConfig, str]:
         train_data=str(path),
         tokenizer=f"bpe:{vocab_size}",
         batch_rows=8,
-        row_tokens=128,
+        row_tokens=max(16, min(128, size // 16)),  # a text must fill one row, and some more of it be validated on
         steps=steps,
         learning_rate=4e-3,
         sample_prompt="The",

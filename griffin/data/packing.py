@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from griffin.data.shards import Shard
-
-NOT_COUNTED = -1  # the target of a token that has nothing to predict
+from griffin.loss import NOT_COUNTED
 
 
 @dataclass(frozen=True, slots=True)

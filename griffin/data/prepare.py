@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from griffin.data.shards import Shard, is_shard, open_shard, write_shard
+from griffin.data.encode import encode_documents
+from griffin.data.shards import Shard, is_shard, open_shard, sha256, write_shard
 from griffin.data.text import (
+    Part,
     Report,
-    read_documents,
+    read_parts,
     silent,
     split_point,
     text_files,
@@ -23,10 +25,9 @@ from griffin.data.text import (
 )
 from griffin.errors import GriffinError
 from griffin.files import whole_folder
-from griffin.tokenizer import Tokenizer
-from griffin.tokenizer_files import load_tokenizer
+from griffin.tokenizer import TRAINED_SPECIALS, Tokenizer, load_tokenizer
+from griffin.tokenizer.bpe import check_size, pieces
 
-_PIECE_CHARS = 1 << 16  # encoded in parallel; a piece ends with a line
 _VERSION = 1  # of what is below: another one prepares anew
 
 
@@ -49,6 +50,7 @@ def prepare(
     *,
     tokenizer: str,
     validation: str | Path | None = None,
+    expected: str | None = None,
     report: Report = silent,
 ) -> Data:
     """Tokenise once: what `cache` holds of the same files and tokenizer is used as it stands.
@@ -58,101 +60,123 @@ def prepare(
         cache: the folder that keeps the result; it is made, and replaced where its sources have changed.
         tokenizer: "bpe:4096" learns one of that size from the training text; "bytes"; or a path to one.
         validation: like `source`; None takes the last 5% of the text.
+        expected: the fingerprint that the data must have; None takes any. What the cache holds is kept if not.
         report: told how far it is.
 
     Raises:
-        GriffinError: there is no text, it cannot be read, or the tokenizer is not one or does not fit a shard.
+        GriffinError: there is no text, it cannot be read, the tokenizer is not one or does not fit a shard, or the data
+            is not what is expected.
     """
     cache = Path(cache)
     if is_shard(source):
-        return _open_shards(Path(source), validation, tokenizer)
-    files = text_files(source)
-    held_out = None if validation is None else text_files(validation)
-    request = {
-        "version": _VERSION,
-        "train": _checksums(files, report),
-        "validation": None if held_out is None else _checksums(held_out, report),
-        "tokenizer": _named_tokenizer(tokenizer),
-    }
-    if not _is_cached(cache, request):
-        with whole_folder(cache) as folder:
-            _write(folder, files, held_out, tokenizer, report)
-            (folder / "sources.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
-    data = Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
-    data.train.verify()
-    data.validation.verify()
+        data = _open_shards(Path(source), validation, tokenizer)
+    else:
+        files = text_files(source)
+        held_out = None if validation is None else text_files(validation)
+        spec = _named_tokenizer(tokenizer)
+        every = [*files, *(held_out or ())]
+        before = [_stamp(file) for file in every]
+        checksums = _checksums(every, report)
+        request = {
+            "version": _VERSION,
+            "train": checksums[: len(files)],
+            "validation": None if held_out is None else checksums[len(files) :],
+            "tokenizer": spec,
+        }
+        if not _is_cached(cache, request):
+            with whole_folder(cache) as folder:
+                _write(folder, files, held_out, tokenizer, report)
+                made = folder / "tokenizer", folder / "train", folder / "validation"
+                _expect(Data(load_tokenizer(made[0]), *map(open_shard, made[1:])), expected, source)
+                (folder / "sources.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+                for file, stamp in zip(every, before, strict=True):
+                    if _stamp(file) != stamp:
+                        raise GriffinError(f"{file} has changed while it was read; prepare again once it is complete")
+        data = Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
+        for shard in (data.train, data.validation):
+            if shard.meta.tokenizer != data.tokenizer.fingerprint():
+                raise GriffinError(
+                    f"{cache / 'tokenizer'} is not what made {shard.folder}; remove {cache} to prepare anew"
+                )
+        _expect(data, expected, source)
+    total, done = data.train.tokens.nbytes + data.validation.tokens.nbytes, 0
+
+    def progress(size: int) -> None:
+        nonlocal done
+        done = min(total, done + size)
+        report("checking", done, total)
+
+    data.train.verify(progress)
+    data.validation.verify(progress)
     return data
+
+
+def _expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
+    if fingerprint is not None and data.fingerprint() != fingerprint:
+        raise GriffinError(
+            f"{source}: the run was trained on other data ({fingerprint[:12]}, now {data.fingerprint()[:12]}): "
+            "bring the text back as it was, or begin anew in another folder"
+        )
 
 
 def _write(folder: Path, files: list[Path], held_out: list[Path] | None, spec: str, report: Report) -> None:
     if held_out is None:
-        split = split_point(read_documents(files, report), where=files[0])
+        split = split_point(lambda: read_parts(files, report), where=files[0])
 
-    def train_documents(what: str) -> Iterator[str]:
-        documents = read_documents(files, report, what)
-        return documents if held_out is not None else training_part(documents, split)
+    def train_parts(what: str) -> Iterator[Part]:
+        parts = read_parts(files, report, what)
+        return parts if held_out is not None else training_part(parts, split)
 
-    def validation_documents(what: str) -> Iterator[str]:
+    def validation_parts(what: str) -> Iterator[Part]:
         if held_out is not None:
-            return read_documents(held_out, report, what)
-        return validation_part(read_documents(files, report, what), split)
+            return read_parts(held_out, report, what)
+        return validation_part(read_parts(files, report, what), split)
 
-    tokenizer = _make_tokenizer(spec, train_documents)
+    tokenizer = _make_tokenizer(spec, train_parts)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
-    parts = {"train": train_documents("tokenising"), "validation": validation_documents("tokenising for validation")}
-    for name, documents in parts.items():
+    parts = {"train": train_parts("tokenising"), "validation": validation_parts("tokenising for validation")}
+    for name, texts in parts.items():
         meta = write_shard(
             folder / name,
-            encode_documents(tokenizer, documents),
+            encode_documents(tokenizer, texts),
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer.fingerprint(),
-            count_bytes=tokenizer.token_bytes,
         )
         if not meta.num_bytes:
             raise GriffinError(f"{files[0] if name == 'train' or not held_out else held_out[0]}: no text for {name}")
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[npt.NDArray[np.uint32]]:
-    """Yield BOS + ids + EOS of each document, as far as the tokenizer has the two."""
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    for document in documents:
-        pieces = tokenizer.encode_batch(list(_pieces(document)), bos=False)
-        yield np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in (begin, *pieces, end)])
-
-
-def _pieces(document: str) -> Iterator[str]:
-    """Cut at lines: a long text is encoded in parallel, and no piece is larger than it needs to be."""
-    start = 0
-    while start < len(document):
-        end = document.find("\n", start + _PIECE_CHARS) + 1
-        yield document[start : end or len(document)]
-        start = end or len(document)
-
-
-def _make_tokenizer(spec: str, documents: Callable[[str], Iterator[str]]) -> Tokenizer:
+def _make_tokenizer(spec: str, parts: Callable[[str], Iterator[Part]]) -> Tokenizer:
     if spec == "bytes":
         return Tokenizer.bytes()
     if spec.startswith("bpe:"):
-        pieces = (piece for document in documents("learning the vocabulary") for piece in _pieces(document))
-        return Tokenizer.train(pieces, parse_bpe(spec))
+        return Tokenizer.train(learning_pieces(parts("learning the vocabulary")), parse_bpe(spec))
     return load_tokenizer(spec)
+
+
+def learning_pieces(parts: Iterable[Part]) -> Iterator[str]:
+    """Cut documents into pieces to learn a vocabulary from, none of which is of two documents."""
+    for _, document in groupby(parts, key=attrgetter("document")):
+        yield from pieces(part.text for part in document)
 
 
 def parse_bpe(spec: str) -> int:
     """Give the size in "bpe:4096".
 
     Raises:
-        GriffinError: it is not a whole number.
+        GriffinError: it is not a whole number, or one that no vocabulary can have.
     """
     size = spec.removeprefix("bpe:")
-    if not size.isascii() or not size.isdigit():
+    if re.fullmatch("[0-9]{1,30}", size) is None:
         raise GriffinError(f"tokenizer={spec!r}: write bpe:4096 for a BPE of 4,096 tokens, or bytes, or a path")
+    check_size(int(size), len(TRAINED_SPECIALS))
     return int(size)
 
 
 def _named_tokenizer(spec: str) -> str:
+    if spec.startswith("bpe:"):
+        parse_bpe(spec)
     if spec == "bytes" or spec.startswith("bpe:"):
         return spec
     if not Path(spec).exists():
@@ -161,12 +185,19 @@ def _named_tokenizer(spec: str) -> str:
 
 
 def _checksums(files: list[Path], report: Report) -> list[list[str]]:
-    result = []
-    for number, file in enumerate(files):
-        report("looking for changes", number, len(files))
-        with file.open("rb") as opened:
-            result.append([file.name, hashlib.file_digest(opened, "sha256").hexdigest()])
-    return result
+    total, done = sum(file.stat().st_size for file in files), 0
+
+    def progress(size: int) -> None:
+        nonlocal done
+        done += size
+        report("looking for changes", done, total)
+
+    return [[file.name, sha256(file, progress)] for file in files]
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _is_cached(cache: Path, request: object) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import numpy.typing as npt
 
 from griffin.errors import GriffinError
 from griffin.files import whole_folder
+from griffin.reading import read_json
 
 FORMAT = "griffin-shard-1"
+SHA256 = "sha256"  # of the rest of meta.json
+AGAIN = "remove the folder and prepare the data again"
 TOKENS, DOCUMENTS, META = "tokens.bin", "documents.idx", "meta.json"
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -50,15 +54,17 @@ class Shard:
     tokens: npt.NDArray[Any]  # (num_tokens,)
     starts: npt.NDArray[np.int64]  # (num_documents + 1,) first token of each document, then num_tokens
 
-    def verify(self) -> None:
+    def verify(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Read everything and compare the checksums.
+
+        Args:
+            progress: told of bytes read, again and again.
 
         Raises:
             GriffinError: a file is not what was written.
         """
         for name, expected in ((TOKENS, self.meta.tokens_sha256), (DOCUMENTS, self.meta.documents_sha256)):
-            with (self.folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256(self.folder / name, progress)
             if found != expected:
                 raise GriffinError(
                     f"{self.folder / name} has changed since it was written (sha256 {found[:12]}, {META} says "
@@ -67,41 +73,41 @@ class Shard:
 
 
 def write_shard(
-    folder: str | Path,
-    documents: Iterable[Ids],
-    *,
-    vocab_size: int,
-    tokenizer: str,
-    count_bytes: Callable[[list[int]], int],
+    folder: str | Path, parts: Iterable[tuple[int, Ids, int]], *, vocab_size: int, tokenizer: str
 ) -> ShardMeta:
-    """Write documents as they come, one in memory at a time; the folder appears when all of them are written.
+    """Write documents as they come, a part in memory at a time; the folder appears when all of them are written.
 
     Args:
         folder: is made, or replaced where it is there.
-        documents: ids as the model shall see them, BOS and EOS included; empty ones are left out.
+        parts: (document, ids, UTF-8 bytes they stand for); the ids as the model shall see them, BOS and EOS included.
+            The next document begins where the number changes; one without ids is left out.
         vocab_size: decides the dtype: uint16 up to 65,536 ids.
         tokenizer: the fingerprint of the tokenizer that made the ids.
-        count_bytes: UTF-8 bytes of a document's ids, `Tokenizer.token_bytes`.
 
     Raises:
         GriffinError: an id is not in 0 .. vocab_size - 1.
     """
     name = "uint16" if vocab_size <= 2**16 else "uint32"
-    starts, num_bytes, digest = [0], 0, hashlib.sha256()
+    starts, num_tokens, num_bytes, digest = array("q"), 0, 0, hashlib.sha256()
+    current: int | None = None
     with whole_folder(folder) as temporary:
         with (temporary / TOKENS).open("wb") as file:
-            for document in documents:
-                ids = np.asarray(document, dtype=np.int64)
+            for document, part, size in parts:
+                ids = np.asarray(part)
+                num_bytes += size
                 if not ids.size:
                     continue
-                if (low := int(ids.min())) < 0 or (high := int(ids.max())) >= vocab_size:
-                    bad = low if low < 0 else high
-                    raise GriffinError(f"document {len(starts) - 1} has token {bad}, not in 0 .. {vocab_size - 1}")
+                if document != current:
+                    current = document
+                    starts.append(num_tokens)
+                if (low := int(ids.min())) < 0 or int(ids.max()) >= vocab_size:
+                    bad = low if low < 0 else int(ids.max())
+                    raise GriffinError(f"document {document} has token {bad}, not in 0 .. {vocab_size - 1}")
                 data = ids.astype(_DTYPES[name]).tobytes()
                 file.write(data)
                 digest.update(data)
-                starts.append(starts[-1] + ids.size)
-                num_bytes += count_bytes(ids.tolist())
+                num_tokens += ids.size
+        starts.append(num_tokens)
         index = np.array(starts, dtype="<i8").tobytes()
         (temporary / DOCUMENTS).write_bytes(index)
         meta = ShardMeta(
@@ -109,14 +115,29 @@ def write_shard(
             dtype=name,
             vocab_size=vocab_size,
             num_documents=len(starts) - 1,
-            num_tokens=starts[-1],
+            num_tokens=num_tokens,
             num_bytes=num_bytes,
             tokenizer=tokenizer,
             tokens_sha256=digest.hexdigest(),
             documents_sha256=hashlib.sha256(index).hexdigest(),
         )
-        (temporary / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
+        content = {**asdict(meta), SHA256: _digest(meta)}
+        (temporary / META).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return meta
+
+
+def _digest(meta: ShardMeta) -> str:
+    return hashlib.sha256(json.dumps(asdict(meta), sort_keys=True).encode()).hexdigest()
+
+
+def sha256(file: Path, progress: Callable[[int], None]) -> str:
+    """Return the checksum of a file; `progress` is told of the bytes read since it was told last."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def is_shard(folder: str | Path) -> bool:
@@ -151,18 +172,24 @@ def open_shard(folder: str | Path) -> Shard:
 def _read_meta(file: Path) -> ShardMeta:
     if not file.is_file():
         raise GriffinError(f"{file} is missing: {file.parent} is not a folder of tokens")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GriffinError(f"{file} is not JSON ({error}); prepare the data again") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else None
-        raise GriffinError(f"{file} is of format {found!r}; this version reads {FORMAT!r}")
-    try:
-        meta = ShardMeta(**data)
-    except TypeError as error:
-        raise GriffinError(f"{file} does not have the keys of {FORMAT} ({error}); prepare the data again") from error
+    data = read_json(file, mend=AGAIN)
+    if data.get("format") != FORMAT:
+        raise GriffinError(f"{file} is of format {str(data.get('format'))[:40]!r}; this version reads {FORMAT!r}")
+    expected = data.pop(SHA256, None)  # shards of earlier versions have none
+    if data.keys() != (keys := {field.name for field in fields(ShardMeta)}):
+        lacking, more = ", ".join(sorted(keys - data.keys())), len(data.keys() - keys)
+        raise GriffinError(
+            f"{file} does not have the keys of {FORMAT} (it lacks {lacking or 'none'}, and has {more} others); {AGAIN}"
+        )
+    meta = ShardMeta(**data)
     counts = (meta.num_documents, meta.num_tokens, meta.num_bytes, meta.vocab_size)
-    if meta.dtype not in _DTYPES or not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise GriffinError(f"{file} has values that make no sense; prepare the data again")
+    texts = (meta.dtype, meta.tokenizer, meta.tokens_sha256, meta.documents_sha256)
+    if (
+        not all(type(count) is int and 0 <= count < 2**62 for count in counts)
+        or not all(isinstance(text, str) for text in texts)
+        or meta.dtype not in _DTYPES
+    ):
+        raise GriffinError(f"{file} has values that make no sense; {AGAIN}")
+    if expected not in (None, _digest(meta)):
+        raise GriffinError(f"{file} has changed since it was written; {AGAIN}")
     return meta

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import lzma
-from collections.abc import Callable, Iterator, Sequence
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 from griffin.errors import GriffinError
+from griffin.reading import parse_json
 
 TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
+BLOCK_BYTES = 1 << 20  # read at once
+MOST_LINE_BYTES = 1 << 27  # of a .jsonl file, whose lines are read whole
+_BETWEEN = re.compile(r"(?m)^\0\r?\n")  # a line of one NUL
 VALIDATION_FRACTION = 0.05
 FEW_DOCUMENTS = 20  # with fewer, 5% of the documents is none: the last 5% of the text is taken instead
 
-Report = Callable[[str, int, int], None]  # (what is being done, done, total); a total of 0 is unknown
+Report = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all); a total of 0 is unknown
+
+
+class Part(NamedTuple):
+    """A piece of a document: a long one comes in several, one after another, cut anywhere."""
+
+    document: int  # counted from 0 over all files
+    text: str  # not empty
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -25,12 +38,22 @@ def silent(what: str, done: int, total: int) -> None:
 def text_files(path: str | Path) -> list[Path]:
     """Give a text file, or those in a folder and below it in the order of their paths.
 
+    What training wrote is not training data: folders of runs below `path` are left out, and where `path` is the folder
+    of a run itself, its metrics.
+
     Raises:
         GriffinError: there is none, or the file has another suffix.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(TEXT_SUFFIXES) and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.name.endswith(TEXT_SUFFIXES) and file.is_file())
+        runs = {folder for folder in {parent for file in found for parent in file.parents} if _is_run(folder)}
+        inside = runs - {path, *path.parents}
+        files = [
+            file
+            for file in found
+            if inside.isdisjoint(file.parents) and not (file.parent in runs and file.name == "metrics.jsonl")
+        ]
         if not files:
             raise GriffinError(f"{path}: no {', '.join(TEXT_SUFFIXES)} files in this folder")
         return files
@@ -41,115 +64,176 @@ def text_files(path: str | Path) -> list[Path]:
     return [path]
 
 
-def read_documents(files: Sequence[Path], report: Report = silent, what: str = "reading") -> Iterator[str]:
-    """Yield the documents of files in order, one in memory at a time; empty ones are left out.
+def _is_run(folder: Path) -> bool:
+    # config.json is what a run writes first, after its .lock, which not every system has.
+    return (folder / "config.json").is_file() and any(
+        (folder / name).exists() for name in (".lock", "checkpoints", "metrics.jsonl")
+    )
+
+
+def read_parts(files: Sequence[Path], report: Report = silent, what: str = "reading") -> Iterator[Part]:
+    """Yield the documents of files in order, in parts of about a megabyte at most; empty documents are left out.
 
     A .txt file is one document, or several with a line that holds one NUL between them; every line of a .jsonl file is
-    an object with a "text". Text is UTF-8; a byte order mark is dropped.
+    an object with a "text", and is read whole. Only line feeds end lines. Text is UTF-8; a byte order mark is dropped.
 
     Raises:
-        GriffinError: a file is not UTF-8 (with the byte's offset), not JSON lines (with the line), or a damaged .xz.
+        GriffinError: a file is not UTF-8 (with the byte's offset), not JSON lines (with the line), has a line of more
+            than MOST_LINE_BYTES there, or is a damaged .xz.
     """
     total = sum(file.stat().st_size for file in files)
-    before = 0
+    before, document, filled, untold = 0, 0, False, 0
     for file in files:
         with ExitStack() as stack:
             raw = stack.enter_context(file.open("rb"))
             binary = cast(IO[bytes], stack.enter_context(lzma.open(raw))) if file.name.endswith(".xz") else raw
-            documents = _json_lines if ".jsonl" in file.suffixes[-2:] else _nul_separated
+            texts = _json_lines(file, binary) if ".jsonl" in file.suffixes[-2:] else _plain_text(file, binary)
             try:
-                for document in documents(file, binary):
-                    report(what, before + raw.tell(), total)
-                    if document:
-                        yield document
+                for text in texts:
+                    untold += len(text or "")
+                    if untold >= BLOCK_BYTES // 4:
+                        report(what, before + raw.tell(), total)
+                        untold = 0
+                    if text is None:
+                        document, filled = document + filled, False
+                    elif text:
+                        yield Part(document, text)
+                        filled = True
             except (lzma.LZMAError, EOFError) as error:
                 raise GriffinError(f"{file}: not a whole .xz file ({error}); download it again") from error
         before += file.stat().st_size
         report(what, before, total)
 
 
-def _nul_separated(file: Path, binary: IO[bytes]) -> Iterator[str]:
-    lines: list[bytes] = []
-    start = offset = 0
-    for line in binary:
-        offset += len(line)
-        if line.rstrip(b"\r\n") == b"\0":
-            yield _decode(file, b"".join(lines), start)
-            lines, start = [], offset
-        else:
-            lines.append(line)
-    yield _decode(file, b"".join(lines), start)
+def _plain_text(file: Path, binary: IO[bytes]) -> Iterator[str | None]:
+    """Yield a file's text in parts, and None behind each document."""
+    rest, at_line = "", True  # what may yet become a line of one NUL; whether what comes begins a line
+    for block in _decoded(file, binary):
+        text = rest + block
+        start = 0
+        for found in _BETWEEN.finditer(text) if "\0" in text else ():
+            if found.start() or at_line:
+                yield text[start : found.start()]
+                yield None
+                start = found.end()
+        line = text.rfind("\n") + 1
+        end = line if text[line:] in ("\0", "\0\r") and (line or at_line) else len(text)
+        yield text[start:end]
+        at_line = text[end - 1] == "\n" if end else at_line
+        rest = text[end:]
+    yield None  # the last line need not end with a line feed: rest is "" or one NUL
 
 
-def _json_lines(file: Path, binary: IO[bytes]) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(binary, start=1):
-        text = _decode(file, line, offset)
+def _json_lines(file: Path, binary: IO[bytes]) -> Iterator[str | None]:
+    """Yield each line's text, and None behind it."""
+    offset = number = 0
+    while line := binary.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MOST_LINE_BYTES:
+            raise GriffinError(
+                f"{file}: line {number} has more than {MOST_LINE_BYTES:,} bytes; put its text into a .txt file, which "
+                "is not read whole"
+            )
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, offset + error.start, error) from None
+        text = text if offset else text.removeprefix("\ufeff")
         offset += len(line)
         if not text.strip():
             continue
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise GriffinError(f"{file}: line {number} is not JSON ({error})") from error
+        value = parse_json(text, f"{file}: line {number}", mend="write this line again, or leave it out")
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise GriffinError(f'{file}: line {number} is not an object with a "text"')
         yield value["text"]
+        yield None
 
 
-def _decode(file: Path, data: bytes, start: int) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = start + error.start
-        raise GriffinError(
-            f"{file}: byte {at} (0x{data[error.start]:02x}) is not UTF-8; convert the file, for example with iconv"
-        ) from None
-    return text.removeprefix("\ufeff") if start == 0 else text
+def _decoded(file: Path, binary: IO[bytes]) -> Iterator[str]:
+    """Yield a file's text in blocks, less the byte order mark it may begin with."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, begins = 0, True
+    while True:
+        block = binary.read(BLOCK_BYTES)
+        unfinished, _ = decoder.getstate()
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, offset - len(unfinished) + error.start, error) from None
+        offset += len(block)
+        if text:
+            yield text.removeprefix("\ufeff") if begins else text
+            begins = False
+        if not block:
+            return
 
 
-def split_point(documents: Iterator[str], where: Path) -> tuple[int, int]:
+def _not_utf8(file: Path, at: int, error: UnicodeDecodeError) -> GriffinError:
+    byte = error.object[error.start]
+    return GriffinError(f"{file}: byte {at} (0x{byte:02x}) is not UTF-8; convert the file, for example with iconv")
+
+
+def split_point(parts: Callable[[], Iterable[Part]], where: Path) -> tuple[int, int]:
     """Find where validation begins, as (document, character of it): about the last 5%, and at least something.
 
-    With FEW_DOCUMENTS or more, whole documents; with fewer, the last part of the text, which `training_part` and
-    `validation_part` cut at the next line where one begins soon enough.
+    With FEW_DOCUMENTS or more, whole documents; with fewer, the last part of the text, from the next line on where one
+    begins before half of that part is over.
+
+    Args:
+        parts: begins to read, from the beginning; it is called up to two times.
+        where: for the message.
 
     Raises:
         GriffinError: there is no text, or a single character of it.
     """
-    lengths = [len(document) for document in documents]
+    lengths = array("q")
+    for part in parts():
+        if part.document == len(lengths):
+            lengths.append(0)
+        lengths[part.document] += len(part.text)
     if sum(lengths) < 2:
         raise GriffinError(f"{where}: no text here; training needs some, and some more to validate on")
     if len(lengths) >= FEW_DOCUMENTS:
         return len(lengths) - max(1, round(len(lengths) * VALIDATION_FRACTION)), 0
     left = max(1, round(sum(lengths) * VALIDATION_FRACTION))
-    for index in reversed(range(len(lengths))):
-        if lengths[index] >= left:
-            return index, lengths[index] - left
-        left -= lengths[index]
+    for document in reversed(range(len(lengths))):
+        if lengths[document] >= left:
+            character = lengths[document] - left
+            return document, _next_line(parts(), document, character, (character + lengths[document]) // 2)
+        left -= lengths[document]
     raise AssertionError("unreachable: the part is not larger than the whole")
 
 
-def training_part(documents: Iterator[str], split: tuple[int, int]) -> Iterator[str]:
+def _next_line(parts: Iterable[Part], document: int, character: int, last: int) -> int:
+    """Move from a character to the next beginning of a line up to `last`, if there is one."""
+    seen = 0
+    for part in parts if character else ():
+        if part.document < document:
+            continue
+        if part.document > document or seen > last:
+            break
+        line = seen + part.text.find("\n", max(0, character - seen)) + 1
+        if line > seen:
+            return line if line <= last else character
+        seen += len(part.text)
+    return character
+
+
+def training_part(parts: Iterable[Part], split: tuple[int, int]) -> Iterator[Part]:
     """Yield what comes before `split`."""
-    for index, document in enumerate(documents):
-        if index >= split[0]:
-            if part := document[: _at_line(document, split[1])]:
-                yield part
-            return
-        yield document
+    return (before for before, _ in _cut(parts, split) if before.text)
 
 
-def validation_part(documents: Iterator[str], split: tuple[int, int]) -> Iterator[str]:
+def validation_part(parts: Iterable[Part], split: tuple[int, int]) -> Iterator[Part]:
     """Yield what comes from `split` on."""
-    for index, document in enumerate(documents):
-        if index == split[0]:
-            document = document[_at_line(document, split[1]) :]
-        if index >= split[0] and document:
-            yield document
+    return (after for _, after in _cut(parts, split) if after.text)
 
 
-def _at_line(document: str, character: int) -> int:
-    """Move to the next beginning of a line, unless less than half of the rest would be left."""
-    line = document.find("\n", character) + 1 if character else 0
-    return line if 0 < line <= (character + len(document)) // 2 else character
+def _cut(parts: Iterable[Part], split: tuple[int, int]) -> Iterator[tuple[Part, Part]]:
+    seen = 0  # characters of the document that `split` is in
+    for document, text in parts:
+        cut = len(text) if document < split[0] else 0
+        if document == split[0]:
+            cut = max(0, split[1] - seen)
+            seen += len(text)
+        yield Part(document, text[:cut]), Part(document, text[cut:])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from griffin.errors import GriffinError
 from griffin.infer.generate import Options, Piece, start
 from griffin.infer.generation import Generation
-from griffin.state import State, load_metadata
+from griffin.reading import parse_json
+from griffin.state_file import load_both
 
 if TYPE_CHECKING:
     from griffin.model import Griffin
@@ -65,7 +66,8 @@ class Conversation:
         if self.has_template:
             turn = self.tokenizer.encode_chat_turn([*self.messages, message])
         else:
-            turn = self.tokenizer.encode(text, bos=not self.tokens_read)
+            begin = () if self.tokens_read else self.tokenizer.begin_ids
+            turn = [*begin, *self.tokenizer.encode(text, bos=False)]  # it is to go on, so no EOS
         if not (prompt := [*self.unread, *turn]):
             raise GriffinError("the text is empty and the last answer is complete; say something")
         return self._reply(message, start(self.model, self.tokenizer, [prompt], self.state, **options))
@@ -94,13 +96,17 @@ class Conversation:
         return twin
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the state and the messages. Its size does not depend on their length."""
+        """Write one safetensors file, whole or not at all: the state and the messages, whose text makes it grow.
+
+        Raises:
+            GriffinError: the state holds NaN or infinity, or the file cannot be written.
+        """
         content = {
             "messages": self.messages,
             "unread": self.unread,
             "tokenizer": self.tokenizer.fingerprint(),
         }
-        self.state.save(path, metadata={METADATA: json.dumps(content)})
+        self.state.save(path, self.model, metadata={METADATA: json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | Path, model: Griffin, tokenizer: Tokenizer) -> Conversation:
@@ -109,17 +115,43 @@ class Conversation:
         Raises:
             GriffinError: the file is missing, damaged, not a conversation, or belongs to another model or tokenizer.
         """
-        state = State.load(path, model)
-        metadata = load_metadata(path)
+        state, metadata = load_both(path, model)
         if METADATA not in metadata or state.batch_size != 1:
             raise GriffinError(f"{path} holds a state of {state.batch_size} rows and no conversation; use State.load")
-        content = json.loads(metadata[METADATA])
+        content = _read(metadata[METADATA], f"{path}, {METADATA}", model.config.vocab_size)
         if content["tokenizer"] != tokenizer.fingerprint():
             raise GriffinError(
-                f"{path} was saved with another tokenizer (fingerprint {content['tokenizer'][:12]}, this one is "
+                f"{path} was saved with another tokenizer (fingerprint {content['tokenizer']:.12}, this one is "
                 f"{tokenizer.fingerprint()[:12]}); load it with the one it was made by"
             )
         conversation = cls(model, tokenizer)
         conversation.state = state
         conversation.messages, conversation.unread = content["messages"], content["unread"]
         return conversation
+
+
+def _read(text: str, where: str, vocab_size: int) -> dict[str, Any]:
+    """Parse what `Conversation.save` wrote, and refuse all else."""
+    content = parse_json(text, where, mend="use another copy")
+    if not isinstance(content, dict) or content.keys() != {"messages", "unread", "tokenizer"}:
+        raise GriffinError(f"{where} is not an object of messages, unread and tokenizer; use another copy")
+    messages, unread = content["messages"], content["unread"]
+    if not isinstance(content["tokenizer"], str):
+        raise GriffinError(f"{where}: tokenizer={content['tokenizer']!r:.60} must be a fingerprint; use another copy")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise GriffinError(f'{where}: messages must be objects of a "role" and a "content", texts; use another copy')
+    # type() is int: True is an int as well.
+    if not isinstance(unread, list) or not all(type(token) is int and 0 <= token < vocab_size for token in unread):
+        raise GriffinError(
+            f"{where}: unread={unread!r:.60} must be ids of the vocabulary, 0 .. {vocab_size - 1}; use another copy"
+        )
+    return content
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and message["role"] in ("system", "user", "assistant")
+        and isinstance(message["content"], str)
+    )

@@ -13,7 +13,7 @@ from griffin.infer.generation import TokenLogprob as TokenLogprob
 from griffin.infer.prefill import Progress
 from griffin.infer.sample import Sampling
 from griffin.model import Griffin
-from griffin.state import State
+from griffin.state import State, check_origin
 from griffin.tokenizer import Tokenizer
 
 
@@ -193,8 +193,7 @@ def _rows_of(model: Griffin, state: State | None, count: int) -> State:
     """A state of `count` rows that belongs to the call: new, or copied from the caller's."""
     if state is None:
         return model.new_state(count)
-    if state.fingerprint != model.fingerprint and state.fingerprint() != model.fingerprint():
-        raise GriffinError("the state was made by another model; go on with the model that it was made by")
+    check_origin(state, model)
     if state.batch_size not in (1, count):
         raise GriffinError(f"the state has {state.batch_size} rows for {count} prompts; give one row, or one for each")
     return state.rows([0] * count if state.batch_size == 1 else range(count))

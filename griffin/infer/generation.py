@@ -104,7 +104,8 @@ class Row:
             return self.piece((), self._end(), "stop")
         self.tokens.append(token)
         self.last_read = False
-        self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
+        if self.keep_logprobs:
+            self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
         text = self.gate.push(self.stream.push(token))
         if self.gate.stopped:
             return self.piece((token,), text, "stop")
@@ -149,6 +150,8 @@ class Generation:
         chunk, progress: see `prefill`.
     """
 
+    @torch.inference_mode(False)  # here and below: an iterator may be used inside the mode and outside it in turn
+    @torch.no_grad()
     def __init__(
         self, model: Griffin, rows: list[Row], state: State, *, num_top: int, chunk: int, progress: Progress | None
     ) -> None:
@@ -198,6 +201,7 @@ class Generation:
             if going:
                 choice = self._next([choice.ids[index] for index in going])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _first(self, hidden: Tensor) -> Choice:
         """Choose each row's first token."""
@@ -206,6 +210,7 @@ class Generation:
         self._draw()
         return read(self._choose(self.model.logits(hidden)))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _next(self, ids: list[int]) -> Choice:
         """Let the model read one token of each row, and choose the next."""
@@ -222,13 +227,15 @@ class Generation:
     def _draw(self) -> None:
         """Let each row take its uniform number."""
         numbers = [0.0 if row is None else draws([row.sampling], [row.generator])[0] for row in self._places]
-        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+        self._uniform.copy_(torch.tensor(numbers, dtype=torch.float64, device=self._uniform.device))
 
     def _choose(self, logits: Tensor) -> Chosen:
         """Nothing here waits for a GPU: there it is part of the graph of a step."""
         first = None if logits.is_cuda else NUCLEUS_FIRST
         return choose(logits, self._filters, self._uniform, self._seen, num_top=self.num_top, first=first)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _leave(self) -> list[int]:
         """Let finished rows leave the batch, and say which rows of it stay.
 

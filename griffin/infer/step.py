@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 
 from griffin.infer.graph import Captured
 from griffin.model import Griffin
-from griffin.ops.cpu import library
-from griffin.ops.cpu.record import NotRecordableError, Program, recording
+from griffin.ops.cpu.record import NotRecordableError, Program, available, recording
 from griffin.span import check_tokens, next_span_
 from griffin.state import State
 
@@ -29,7 +29,8 @@ class DecodeStep:
         while ...:
             tokens = step(tokens)
 
-    While it is in use, hooks and replaced modules of the model are not seen; parameters changed in place or moved are.
+    While it is in use, parameters of the model may be changed in place, moved or replaced, alone or with their module.
+    Hooks set meanwhile, and parameters added where there were none, are not seen.
 
     Args:
         model: the model.
@@ -46,13 +47,17 @@ class DecodeStep:
         self.kept: Literal["kernels", "graph"] | None = None
         if model.device.type == "cuda":
             self.kept = "graph"
-        elif model.device.type == "cpu" and library.status()[0]:
+        elif model.device.type == "cpu" and available():
             self.kept = "kernels"
-        self._tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=state.position.device)
+        with torch.inference_mode(False):  # written by every call, inside inference mode or not
+            self._tokens = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=state.position.device)
         self._again: Callable[[], Any] | None = None
-        self._parameters: list[Tensor] = []
+        self._slots: tuple[list[dict[str, Any]], list[str]] = [], []
+        self._parts: list[Any] = []
+        self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
 
+    @torch.inference_mode(False)  # nor may the next call find memory of this one that it cannot write
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Any:
         """Read one token of each row.
@@ -75,7 +80,7 @@ class DecodeStep:
         self._tokens.copy_(tokens[:, None])
         longest = self.state.longest + 1
         self.state.reserve_(longest)
-        if self._again is not None and self._addresses == self._memory():
+        if self._again is not None and self._unchanged():
             result = self._again()
         elif self.kept == "graph":
             self._capture()
@@ -122,9 +127,20 @@ class DecodeStep:
 
     def _keep(self, again: Callable[[], Any]) -> None:
         self._again = again
-        self._parameters = [*self.model.parameters(), *self.model.buffers()]
+        dicts = [held for m in self.model.modules() for held in (m._modules, m._parameters, m._buffers)]
+        self._slots = [held for held in dicts for _ in held], [name for held in dicts for name in held]
+        self._parts = list(map(dict.get, *self._slots))
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = self._memory()
+
+    def _unchanged(self) -> bool:
+        """Whether the model has the modules and parameters of when the step was kept, and they lie where they lay.
+
+        Asked for every token: modules' own dicts are kept, so that none is walked; `map` is quicker than a loop.
+        """
+        return all(map(is_, map(dict.get, *self._slots), self._parts)) and self._addresses == self._memory()
 
     def _memory(self) -> list[int]:
         """Where everything lies that is read or written: parameters may be moved, global attention grows."""
-        return [tensor.data_ptr() for tensor in (*self._parameters, *self.state.tensors().values())]
+        mine = [tensor for layer in self.state.layers for tensor in layer.tensors()]
+        return list(map(Tensor.data_ptr, [*self._tensors, self.state.position, *mine]))

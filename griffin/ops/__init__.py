@@ -1,27 +1,26 @@
-"""The operations on tensors: a contract, a plain-PyTorch definition and, per device, kernels registered on its name.
+"""The operations on tensors: each a contract, a plain-PyTorch definition, and one question to `device.kernels`.
 
 They know no module, config or state.
 """
 
 from griffin.ops.attention import local_attention, ring_attention, ring_write_
 from griffin.ops.conv import causal_conv1d
+from griffin.ops.cross_entropy import cross_entropy
 from griffin.ops.embedding import embed, quantized_embed
 from griffin.ops.gated import geglu
 from griffin.ops.linear import block_diagonal_linear, linear, output_linear
 from griffin.ops.norm import rms_norm
 from griffin.ops.quantized import dequantize, quantize_int4, quantize_int8, quantized_linear
 from griffin.ops.recurrent_step import recurrent_step_
-from griffin.ops.residual import add, assign_, cast, soft_cap
 from griffin.ops.rg_lru import rg_lru
 from griffin.ops.rope import next_positions_, rope, rope_table
 from griffin.ops.scan import linear_scan
+from griffin.ops.soft_cap import soft_cap
 
 __all__ = [
-    "add",
-    "assign_",
     "block_diagonal_linear",
-    "cast",
     "causal_conv1d",
+    "cross_entropy",
     "dequantize",
     "embed",
     "geglu",

@@ -8,13 +8,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops import flash
-from griffin.ops.cpu import attention as cpp
-from griffin.ops.cpu import library
-from griffin.ops.triton import serve
+from griffin.ops import device, flash
+from griffin.ops.op import differentiable
 
 # Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
 QUERY_CHUNK = 256
+
+Plan = flash.Sequences  # of one call, for all its layers
+
+
+def plan(positions: Tensor, earlier: int, *, packed: bool) -> Plan | None:
+    """Say where the documents of one call lie, once for all its layers; None where attention does not ask.
+
+    Args:
+        positions: (B, T) as `local_attention` takes them.
+        earlier: S, keys before the first token of each row.
+        packed: whether documents may start after a row's first token. Counting them waits for the device, and so cannot
+            be compiled.
+    """
+    if not by_sequences(positions.device) or (packed and torch.compiler.is_compiling()):
+        return None
+    return flash.sequences(positions, earlier, inside=packed)
+
+
+def by_sequences(device: torch.device) -> bool:
+    """Whether attention goes by sequences (flash attention's) and not by positions."""
+    return device.type == "cuda"
 
 
 def local_attention(
@@ -23,7 +42,7 @@ def local_attention(
     values: Tensor,
     positions: Tensor,
     window: int | None,
-    documents: flash.Sequences | None = None,
+    documents: Plan | None = None,
 ) -> Tensor:
     """Compute softmax(q_t . k_j / sqrt(K)) v_j over the keys j that token t sees.
 
@@ -38,8 +57,8 @@ def local_attention(
         positions: (B, T) whole numbers; below 0 counts as 0. Where p_t > S + t the tokens not given count as absent. On
             CUDA, p_t must be p_{t-1} + 1, or 0 where a document starts.
         window: W, or None to see the whole document.
-        documents: the same as positions, for CUDA: `flash.sequences(positions, S)`, made once for many layers. None:
-            made here, which may wait for the device.
+        documents: what `plan` gave for these positions and S. None: made here where it is needed, which may wait for
+            the device.
 
     Returns:
         (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
@@ -62,13 +81,14 @@ def local_attention(
         raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, T)}")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
-    no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if no_gradient and library.serves(queries, keys, values) and library.plain(positions):
-        return cpp.local_attention(queries, keys, values, positions, window)
-    if flash.applies(queries.device):
+    if by_sequences(queries.device):
         cut = flash.unpacked(documents)
         return torch.ops.griffin.local_attention_cuda(queries, keys, values, positions, window, *cut)  # type: ignore[no-any-return]
-    return torch.ops.griffin.local_attention(queries, keys, values, positions, window)  # type: ignore[no-any-return]
+    kernels = device.kernels("local_attention", queries, keys, values, positions)
+    if kernels is None:
+        return _local_attention(queries, keys, values, positions, window)
+    inputs = (queries, keys, values, positions, window)
+    return differentiable(kernels.local_attention, kernels.local_attention_backward, *inputs)
 
 
 def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
@@ -96,16 +116,11 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
         )
     if positions.shape != (B, 1):
         raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, 1)}")
-    no_gradient = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if no_gradient and min(queries.numel(), keys.shape[1]) > 0:
-        if library.serves(queries, keys, values) and library.plain(positions):
-            return cpp.ring_attention(queries, keys, values, positions)
-        if serve.serves(queries, keys, values):
-            from griffin.ops.triton import ring_attention as kernel  # triton is absent on CPU machines
-
-            if K <= kernel.MAX_WIDTH:
-                return kernel.ring_attention(queries, keys, values, positions)
-    return torch.ops.griffin.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
+    kernels = device.kernels("ring_attention", queries, keys, values, positions, size=K)
+    if kernels is None or not min(queries.numel(), keys.shape[1]):
+        slots = torch.arange(keys.shape[1], dtype=torch.int64, device=queries.device)
+        return _attend(queries, keys, values, slots <= positions[:, :, None].clamp(min=0))
+    return kernels.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
 
 
 def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -129,21 +144,14 @@ def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: T
         raise ValueError(f"keys is {tuple(keys.shape)}: there is no slot to write to; reserve_ makes some")
     k, v = k.detach(), v.detach()
     whole = keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype == k.dtype == v.dtype
-    if whole and library.direct(keys, values, k, v) and library.plain(positions):
-        cpp.ring_write_(keys, values, k, v, positions)
+    if whole and (kernels := device.kernels("ring_write_", keys, values, k, v, positions)) is not None:
+        kernels.ring_write_(keys, values, k, v, positions)
         return
     slot = (positions % S)[..., None, None].expand(B, 1, G, K)
     keys.scatter_(1, slot, k)
     values.scatter_(1, slot, v)
 
 
-# Composite: PyTorch differentiates through them. A kernel for a device, with its gradient, registers on the same names.
-_library = torch.library.Library("griffin", "FRAGMENT")
-_library.define("local_attention(Tensor q, Tensor k, Tensor v, Tensor positions, int? window) -> Tensor")
-_library.define("ring_attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor")
-
-
-@torch.library.impl(_library, "local_attention", "CompositeImplicitAutograd")
 def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
     T, earlier = q.shape[1], k.shape[1] - q.shape[1]
     seen = positions.clamp(min=0, max=window)  # earlier tokens each query sees
@@ -160,7 +168,8 @@ def _local_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-# For CUDA. An op of its own, so that TorchDynamo need not trace the question whether there is flash attention.
+# An op of PyTorch's, made of others, so that TorchDynamo need not trace the question whether there is flash attention.
+_library = torch.library.Library("griffin", "FRAGMENT")
 _library.define(
     "local_attention_cuda(Tensor q, Tensor k, Tensor v, Tensor positions, int? window, "
     "Tensor? first_query, Tensor? first_key, SymInt longest_queries, SymInt longest_keys) -> Tensor"
@@ -169,44 +178,10 @@ _library.define(
 
 @torch.library.impl(_library, "local_attention_cuda", "CompositeImplicitAutograd")
 def _local_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None, *cut: Any) -> Tensor:
-    if not flash.serves(q, k, v):
+    kernels = device.kernels("local_attention", q, k, v, size=q.shape[3], traced=True)
+    if kernels is None or not q.numel():
         return _local_attention(q, k, v, positions, window)
-    return torch.ops.griffin.flash_attention(q, k, v, positions, window, *cut)[0]  # type: ignore[no-any-return]
-
-
-@torch.library.impl(_library, "local_attention", "CPU")
-def _local_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    if library.serves(q, k, v):
-        return cpp.local_attention(q, k, v, positions, window)
-    return _local_attention(q, k, v, positions, window)
-
-
-@torch.library.impl(_library, "local_attention", "AutogradCPU")
-def _local_autograd_cpu(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    if library.serves(q, k, v):
-        return _LocalAttention.apply(q, k, v, positions, window)  # type: ignore[no-any-return, no-untyped-call]
-    return _local_attention(q, k, v, positions, window)
-
-
-class _LocalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
-        ctx.save_for_backward(q, k, v, positions)
-        ctx.window = window
-        return cpp.local_attention(q, k, v, positions, window)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, positions = ctx.saved_tensors
-        grads = cpp.local_attention_backward(dout, q, k, v, positions, ctx.window, ctx.needs_input_grad[:3])
-        return *grads, None, None
-
-
-@torch.library.impl(_library, "ring_attention", "CompositeImplicitAutograd")
-def _ring_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    slots = torch.arange(k.shape[1], dtype=torch.int64, device=q.device)
-    return _attend(q, k, v, slots <= positions[:, :, None].clamp(min=0))
+    return kernels.flash_attention(q, k, v, positions, window, *cut)[0]  # type: ignore[no-any-return]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import recurrence as cpp
+from griffin.ops import device
+from griffin.ops.op import opaque
 from griffin.ops.scan import accumulation_dtype
-from griffin.ops.triton import serve
 
 
 def causal_conv1d(
@@ -50,51 +49,24 @@ def causal_conv1d(
         raise ValueError(f"state is {tuple(state.shape)} {state.dtype}; this x and weight need {before} {x.dtype}")
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
-    if library.direct(x, weight, bias, state) and weight.shape[1] <= cpp.MAX_TAPS:
-        return cpp.causal_conv1d(x, weight, bias, state, reset)
-    return torch.ops.griffin.causal_conv1d(x, weight, bias, state, reset)  # type: ignore[no-any-return]
+    return _causal_conv1d(x, weight, bias, state, reset)
 
 
-@torch.library.custom_op("griffin::causal_conv1d", mutates_args=())
-def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if weight.shape[1] <= cpp.MAX_TAPS and serve.serves(x, state):
-        from griffin.ops.triton import causal_conv1d as kernels
-
-        return kernels.causal_conv1d(x, weight, bias, state, reset)
-    if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state):
-        return cpp.causal_conv1d(x, weight, bias, state, reset)
-    dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
-    inputs = torch.cat([state, x], dim=1)
-    w = weight.to(dtype).T
-    y = torch.addcmul(bias.to(dtype), w[taps - 1], x)
-    for s in range(1, taps):
-        term = inputs[:, taps - 1 - s : taps - 1 - s + T]
-        if reset is not None:
-            term = term.masked_fill(_across(reset, s), 0)
-        y.addcmul_(w[taps - 1 - s], term)
-    last = inputs[:, T:]
-    if reset is not None and taps > 1:
-        last = last.masked_fill(_before_last_reset(reset, taps - 1), 0)
-    return y.to(x.dtype), last.clone()
+def _fake_backward(dy, dlast, x, weight, state, reset):  # type: ignore[no-untyped-def]
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape[:1]),
+        state.new_empty(state.shape),
+    )
 
 
-@_causal_conv1d.register_fake
-def _(x, weight, bias, state, reset):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), state.new_empty(state.shape)
-
-
-@torch.library.custom_op("griffin::causal_conv1d_backward", mutates_args=())
+@opaque("causal_conv1d_backward", fake=_fake_backward)
 def _causal_conv1d_backward(
     dy: Tensor, dlast: Tensor, x: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if weight.shape[1] <= cpp.MAX_TAPS and serve.serves(x, state, dy, dlast):
-        from griffin.ops.triton import causal_conv1d as kernels
-
-        return kernels.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
-    if weight.shape[1] <= cpp.MAX_TAPS and library.serves(x, state, dy, dlast):
-        return cpp.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
+    if (kernels := device.kernels("causal_conv1d", x, state, dy, dlast, size=weight.shape[1])) is not None:
+        return kernels.causal_conv1d_backward(dy, dlast, x, weight, state, reset)  # type: ignore[no-any-return]
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
     inputs, w, dy = torch.cat([state, x], dim=1), weight.to(dtype).T, dy.to(dtype)
     dinputs = torch.zeros_like(inputs, dtype=dtype)
@@ -111,17 +83,11 @@ def _causal_conv1d_backward(
     return dx.contiguous(), dw.T.to(weight.dtype).contiguous(), dy.sum(dim=(0, 1)).to(weight.dtype), dstate.clone()
 
 
-@_causal_conv1d_backward.register_fake
-def _(dy, dlast, x, weight, state, reset):  # type: ignore[no-untyped-def]
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape[:1]),
-        state.new_empty(state.shape),
-    )
+def _fake(x, weight, bias, state, reset):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, _, state, reset = inputs
     ctx.save_for_backward(x, weight, state, reset)
 
@@ -131,7 +97,25 @@ def _backward(ctx, dy, dlast):  # type: ignore[no-untyped-def]
     return dx, dweight, dbias, dstate, None
 
 
-_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+@opaque("causal_conv1d", fake=_fake, backward=_backward, save=_save)
+def _causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if (kernels := device.kernels("causal_conv1d", x, state, size=weight.shape[1])) is not None:
+        return kernels.causal_conv1d(x, weight, bias, state, reset)  # type: ignore[no-any-return]
+    dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
+    inputs = torch.cat([state, x], dim=1)
+    w = weight.to(dtype).T
+    y = torch.addcmul(bias.to(dtype), w[taps - 1], x)
+    for s in range(1, taps):
+        term = inputs[:, taps - 1 - s : taps - 1 - s + T]
+        if reset is not None:
+            term = term.masked_fill(_across(reset, s), 0)
+        y.addcmul_(w[taps - 1 - s], term)
+    last = inputs[:, T:]
+    if reset is not None and taps > 1:
+        last = last.masked_fill(_before_last_reset(reset, taps - 1), 0)
+    return y.to(x.dtype), last.clone()
 
 
 def _across(reset: Tensor, s: int) -> Tensor:

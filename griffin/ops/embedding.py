@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import pointwise as cpp
+from griffin.ops import device
 from griffin.ops.quantized import check_quantized, dequantize
 
 
@@ -28,8 +27,9 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
     Raises:
         ValueError: a token is no row, or none is a whole number: of a kernel. PyTorch says IndexError or RuntimeError.
     """
-    if library.direct(weight) and dtype in cpp.DTYPES and library.plain(tokens):
-        return cpp.embed(tokens, weight, dtype, scale)
+    kernels = device.kernels("embed", weight, tokens)
+    if kernels is not None and dtype in kernels.DTYPES:
+        return kernels.embed(tokens, weight, dtype, scale)  # type: ignore[no-any-return]
     return _scaled(F.embedding(tokens, weight).to(dtype), scale)
 
 
@@ -44,8 +44,9 @@ def quantized_embed(
 ) -> Tensor:
     """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
     check_quantized(q, scales, in_width, group)
-    if library.direct(scales) and dtype in cpp.DTYPES and library.plain(tokens, q):
-        return cpp.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
+    kernels = device.kernels("quantized_embed", scales, tokens, q)
+    if kernels is not None and dtype in kernels.DTYPES:
+        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)  # type: ignore[no-any-return]
     flat = tokens.flatten()  # (not q[flat]: there -1 would be the last row)
     rows = dequantize(q.index_select(0, flat), scales.index_select(0, flat), in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)

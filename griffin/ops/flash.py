@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_WIDTH = 256  # channels of a head
+from griffin.ops.op import opaque
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,52 +67,16 @@ def sequences(positions: Tensor, earlier: int, *, inside: bool = True) -> Sequen
     return Sequences(queries.int(), keys.int(), longest_queries, longest_keys)
 
 
-def applies(device: torch.device) -> bool:
-    """Whether tensors of this device may come here at all: it is worth making their `Sequences` once for all layers."""
-    return device.type == "cuda"
-
-
-def serves(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether griffin::flash_attention may be called with these CUDA tensors."""
-    K = queries.shape[-1]
-    fits = queries.dtype in (torch.float16, torch.bfloat16) and K % 8 == 0 and K <= MAX_WIDTH
-    same = queries.dtype == keys.dtype == values.dtype
-    return fits and same and queries.numel() > 0 and _available(queries.device)
-
-
 def unpacked(cut: Sequences | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     """As arguments of an op, which takes no classes."""
     return (None, None, 0, 0) if cut is None else (cut.queries, cut.keys, cut.longest_queries, cut.longest_keys)
 
 
-@torch.library.custom_op("griffin::flash_attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    window: int | None,
-    first_query: Tensor | None,
-    first_key: Tensor | None,
-    longest_queries: int,
-    longest_keys: int,
-) -> tuple[Tensor, Tensor]:
-    """Give `local_attention` and, for its backward pass, log(sum_j exp(q_t . k_j / sqrt(K))), (H, B * T) fp32.
-
-    The last four arguments are a `Sequences`, unpacked; without its tensors it is made here, waiting for the device.
-    """
-    cut = _cut(q, k, positions, first_query, first_key, longest_queries, longest_keys)
-    out, log_sums = _forward(_end_to_end(q), _end_to_end(k), _end_to_end(v), cut, window)
-    return out.reshape(q.shape), log_sums
+def _fake_backward(dout, q, k, v, out, log_sums, positions, window, *cut):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@_attention.register_fake
-def _(q, k, v, positions, window, first_query, first_key, longest_queries, longest_keys):  # type: ignore[no-untyped-def]
-    B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(H, B * T, dtype=torch.float32)
-
-
-@torch.library.custom_op("griffin::flash_attention_backward", mutates_args=())
+@opaque("flash_attention_backward", fake=_fake_backward)
 def _attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -138,12 +102,12 @@ def _attention_backward(
     return dq, dk, dv
 
 
-@_attention_backward.register_fake
-def _(dout, q, k, v, out, log_sums, positions, window, *cut):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _fake(q, k, v, positions, window, first_query, first_key, longest_queries, longest_keys):  # type: ignore[no-untyped-def]
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(H, B * T, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, positions, ctx.window, first_query, first_key, *ctx.longest = inputs
     ctx.save_for_backward(q, k, v, *output, positions, first_query, first_key)
 
@@ -156,7 +120,25 @@ def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * 6
 
 
-_attention.register_autograd(_gradients, setup_context=_setup_context)
+@opaque("flash_attention", fake=_fake, backward=_gradients, save=_save)
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    window: int | None,
+    first_query: Tensor | None,
+    first_key: Tensor | None,
+    longest_queries: int,
+    longest_keys: int,
+) -> tuple[Tensor, Tensor]:
+    """Give `local_attention` and, for its backward pass, log(sum_j exp(q_t . k_j / sqrt(K))), (H, B * T) fp32.
+
+    The last four arguments are a `Sequences`, unpacked; without its tensors it is made here, waiting for the device.
+    """
+    cut = _cut(q, k, positions, first_query, first_key, longest_queries, longest_keys)
+    out, log_sums = _forward(_end_to_end(q), _end_to_end(k), _end_to_end(v), cut, window)
+    return out.reshape(q.shape), log_sums
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cut: Sequences, window: int | None) -> tuple[Tensor, Tensor]:
@@ -199,11 +181,18 @@ ARGUMENTS = (
 
 
 @functools.cache
-def _available(device: torch.device) -> bool:
+def status(device: torch.device) -> tuple[bool, str]:
+    """Whether PyTorch's flash attention is there for a CUDA device, and why (not)."""
     ops = (torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward)
-    known = all({argument.name for argument in op.default._schema.arguments}.issuperset(ARGUMENTS) for op in ops)
-    built = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
-    return known and built and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not all({argument.name for argument in op.default._schema.arguments}.issuperset(ARGUMENTS) for op in ops):
+        return False, f"PyTorch {torch.__version__} names its arguments otherwise"
+    if torch.version.cuda is None or not torch.backends.cuda.is_flash_attention_available():
+        return False, "this PyTorch was built without flash attention for CUDA"
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device here"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False, "the device is older than NVIDIA's Ampere"
+    return True, "sequences of documents, made once a call"
 
 
 def _cut(

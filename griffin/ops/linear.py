@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library, linears
-from griffin.ops.residual import cast
+from griffin.ops import device
+from griffin.ops.op import opaque
 
 # Weights widened to fp32 at a time (8 MB), and rows of a bf16 x that meet them. Fewer stay nearer in the cache, but a
 # product of them is slower: with 2**19 weights by a tenth, with 256 rows as much.
@@ -37,15 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         found = None if bias is None else tuple(bias.shape)
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {found}: (..., K), (O, K), (O,)")
-    if x.device.type != "cpu" or x.dtype == torch.float64 or weight.dtype == torch.float64 or _stands_for_others(x):
+    if x.device.type != "cpu" or torch.float64 in (x.dtype, weight.dtype) or device.stands_for_others(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    rows = x.numel() // max(1, x.shape[-1])
-    if x.dtype == weight.dtype == torch.float32 and not _few(rows, x, weight, bias):
+    if x.dtype == weight.dtype == torch.float32 and _few(x, weight, bias) is None:
         return F.linear(x, weight, None if bias is None else bias.float())
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y: Tensor = torch.ops.griffin.linear(x, weight, bias)
-        return y
-    return _forward(x, weight, bias)  # nothing records it: a decode step has 80 of these, and the dispatcher 10 us each
+    return _linear(x, weight, bias)
 
 
 def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -63,7 +60,7 @@ def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
         rows: Tensor = torch.mm(hidden[None].flatten(0, -2), weight.T, out_dtype=dtype)
         return rows.view(*hidden.shape[:-1], -1)
     if hidden.device.type == "cpu" and dtype == torch.float32:
-        return linear(cast(hidden, dtype), weight)
+        return linear(hidden.to(dtype), weight)
     if weight.dtype == dtype or torch.is_grad_enabled():
         return F.linear(hidden.to(dtype), weight.to(dtype))
     # Widened a slab at a time: the whole of a 256k vocabulary in fp32 would double a bf16 model's memory.
@@ -94,24 +91,19 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     N, block, _ = weight.shape
     if N * block != R or weight.shape[2] != block or bias.shape != (N, block):
         raise ValueError(f"x has {R} channels, but weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}")
-    if 0 < B * T <= linears.MOST_ROWS and library.direct(x, weight, bias) and weight.dtype == bias.dtype:
-        return linears.gates(x, weight, bias)
+    kernels = device.kernels("block_diagonal_linear", x, weight, bias, size=B * T)
+    if kernels is not None and weight.dtype == bias.dtype:
+        return kernels.block_diagonal_linear(x, weight, bias)  # type: ignore[no-any-return]
     blocks = x.reshape(B * T, N, block).transpose(0, 1)
     y = torch.baddbmm(bias.to(x.dtype)[:, None], blocks, weight.to(x.dtype))  # (N, B * T, R / N)
     return y.transpose(0, 1).reshape(B, T, R)
 
 
-@torch.library.custom_op("griffin::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _forward(x, weight, bias)
-
-
-@_linear.register_fake
-def _(x, weight, bias):  # type: ignore[no-untyped-def]
+def _fake(x, weight, bias):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -136,16 +128,14 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, dw, db
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@opaque("linear", fake=_fake, backward=_backward, save=_save)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if _few(rows.shape[0], x, weight, bias):
-        y = linears.linear(rows, weight, bias)
+    if (kernels := _few(x, weight, bias)) is not None:
+        y = kernels.linear(rows, weight, bias)
     else:
         y = by_panels(rows, weight.shape[0], lambda panel, out: out.copy_(weight[panel]), bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
 def by_panels(x: Tensor, out_width: int, widen: Callable[[slice, Tensor], object], bias: Tensor | None) -> Tensor:
@@ -188,9 +178,6 @@ def _panel_rows(in_width: int) -> int:
     return max(64, PANEL_ELEMENTS // max(1, in_width))
 
 
-def _few(rows: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return 0 < rows <= linears.MOST_ROWS and x.shape[-1] > 0 and library.serves_each(x, weight, bias)
-
-
-def _stands_for_others(x: Tensor) -> bool:
-    return type(x) not in (Tensor, torch.nn.Parameter)
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> ModuleType | None:
+    """The kernels that read W once for all rows of x, which pays for a few."""
+    return device.kernels("linear", x, weight, bias, size=x.numel() // max(1, x.shape[-1]))

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library, linears
+from griffin.ops import device
 from griffin.ops.linear import by_panels
-from griffin.ops.residual import cast
-from griffin.ops.triton import serve
 
 GROUPS = (32, 64, 128)
 NOT_FINITE = "a weight that is not finite cannot be quantised"
 BLOCK = 64
-MOST_ROWS_ON_GPU = 64  # of x up to which W is read as it is stored; beyond, a matrix product does more per byte
 # An int4 scale is the best of these, in squared error, times the group's largest value over -8: clipping that one a
 # little leaves finer steps for all the others.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -51,8 +48,8 @@ def quantize_int4(weight: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
     O, K = weight.shape
     P = padded_width(K, group)
     factors = torch.tensor(_SHRINK, dtype=torch.float64, device="cpu").div_(-8).float()
-    if library.serves(weight.detach()):
-        q, scale = linears.quantize_int4(weight.detach(), factors, P, group)
+    if (kernels := device.kernels("quantize_int4", weight)) is not None:
+        q, scale = kernels.quantize_int4(weight.detach(), factors, P, group)
         if not torch.isfinite(scale).all():
             raise ValueError(NOT_FINITE)
         return q, scale
@@ -78,11 +75,12 @@ def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None, out: 
     """Give the (O, in_width) fp32 weights that q and scale stand for, in `out` if given; group is None for int8."""
     check_quantized(q, scale, in_width, group)
     if group is None:
-        if scale.dtype == torch.float32 and library.serves(scale) and library.plain(q, out):
-            return linears.widen_int8(q, scale, out)
+        kernels = device.kernels("dequantize", scale, q, out)
+        if scale.dtype == torch.float32 and kernels is not None:
+            return kernels.widen_int8(q, scale, out)  # type: ignore[no-any-return]
         return torch.mul(q, scale.float()[:, None], out=out)
-    if scale.dtype == torch.bfloat16 and library.serves(scale) and library.plain(q, out):
-        return linears.widen_int4(q, scale, in_width, group, out)
+    if scale.dtype == torch.bfloat16 and (kernels := device.kernels("dequantize", scale, q, out)) is not None:
+        return kernels.widen_int4(q, scale, in_width, group, out)  # type: ignore[no-any-return]
     O, P = q.shape[0], 2 * q.shape[1]
     pairs = q.reshape(O, P // BLOCK, 16, 2).to(torch.int32)
     word = pairs[..., 0] | pairs[..., 1] << 8
@@ -130,33 +128,26 @@ def quantized_linear(
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("a quantised model cannot be trained; load it without quantize")
     shape, rows, dtype = x.shape[:-1], x.reshape(-1, K), dtype or x.dtype
-    if 0 < rows.shape[0] <= MOST_ROWS_ON_GPU and serve.serves(rows, bias):
-        from griffin.ops.triton import linears as gpu  # triton is absent on most machines
-
+    if (kernels := device.kernels("quantized_linear", rows, bias, size=rows.shape[0])) is not None:
         if group is None:
-            y = gpu.linear_int8(rows, q, scale, bias, dtype)
+            y = kernels.linear_int8(rows, q, scale, bias, dtype)
         else:
-            y = gpu.linear_int4(rows, q, scale, bias, group, dtype)
-        return y.view(*shape, O)
-    if x.dtype != dtype:
-        x = rows = cast(rows, dtype)
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        wide = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+            y = kernels.linear_int4(rows, q, scale, bias, group, dtype)
+        return y.view(*shape, O)  # type: ignore[no-any-return]
+    rows = rows.to(dtype)
+    kernels = device.kernels("quantized_linear_many", rows, bias, size=rows.shape[0]) if group is None else None
+    if x.device.type != "cpu" or dtype == torch.float64:
+        wide = torch.promote_types(dtype, torch.float32) if x.device.type == "cpu" else dtype
         y = F.linear(rows, dequantize(q, scale, K, group).to(wide), None if bias is None else bias.to(wide))
-    elif 0 < rows.shape[0] <= linears.MOST_ROWS and library.serves_each(x, bias):
-        if group is None:
-            y = linears.linear_int8(rows, q, scale, bias)
-        else:
-            y = linears.linear_int4(rows, q, scale, bias, group)
-    elif group is None and rows.shape[0] > 0 and library.serves_each(x, bias) and linears.multiplies_int8(K):
-        y = linears.linear_int8_many(rows, q, scale, bias)
+    elif kernels is not None and kernels.multiplies_int8(K):
+        y = kernels.linear_int8_many(rows, q, scale, bias)
     else:
 
         def widen(panel: slice, out: Tensor) -> None:
             dequantize(q[panel], scale[panel], K, group, out)
 
         y = by_panels(rows, O, widen, bias)
-    return y.view(*shape, O)
+    return y.view(*shape, O)  # type: ignore[no-any-return]
 
 
 def check_quantized(q: Tensor, scale: Tensor, in_width: int, group: int | None, of: str = "a row") -> None:

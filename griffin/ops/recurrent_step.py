@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from griffin.ops.conv import causal_conv1d
-from griffin.ops.gated import geglu
-from griffin.ops.linear import block_diagonal_linear
-from griffin.ops.residual import assign_
-from griffin.ops.rg_lru import rg_lru
-from griffin.ops.triton import serve
+from griffin.ops import device
 
 
 def recurrent_step_(
@@ -28,8 +23,8 @@ def recurrent_step_(
     reset: Tensor,
     *,
     unscaled_first_token: bool = True,
-) -> Tensor:
-    """Compute what `causal_conv1d`, the gates, `rg_lru` and `geglu` give for one token:
+) -> Tensor | None:
+    """Compute what `causal_conv1d`, the gates, `rg_lru` and `geglu` give for one token, where one kernel does it all:
 
         u = conv_bias + sum over s = 0 .. N-1 of conv_weight[:, N-1-s] x_{t-s}
         r = sigmoid(W_a u + b_a),  i = sigmoid(W_x u + b_x),  log a = -8 r softplus(recurrent_param)
@@ -52,15 +47,19 @@ def recurrent_step_(
         unscaled_first_token: whether the factor of a reset token is 1.
 
     Returns:
-        (B, R) in x.dtype, the input of linear_out.
+        (B, R) in x.dtype, the input of linear_out. None: no kernel serves (on a CPU, or where gradients are recorded),
+        nothing was written, and the separate ops are to be called.
 
     Raises:
-        ValueError: gradients are recorded, or shapes or dtypes disagree.
+        ValueError: shapes or dtypes disagree.
 
     Source: Griffin, arXiv:2402.19427, section 2.
     """
-    if torch.is_grad_enabled():
-        raise ValueError("recurrent_step_ overwrites its states and has no gradient; call it under torch.no_grad()")
+    gates = (input_gate_weight, input_gate_bias, recurrent_gate_weight, recurrent_gate_bias)
+    tensors = (x, y, conv_weight, conv_bias, *gates, recurrent_param, conv, h)
+    kernels = device.kernels("recurrent_step_", *tensors)
+    if kernels is None or not x.shape[0] or not (conv.is_contiguous() and h.is_contiguous()):
+        return None
     B, R = x.shape
     M, N = input_gate_bias.shape[0], conv_weight.shape[1]
     state_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -82,21 +81,6 @@ def recurrent_step_(
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; this x needs {shape} {dtype}")
     if R % M:
         raise ValueError(f"x has {R} channels, which {M} gate blocks do not divide")
-    gates = (input_gate_weight, input_gate_bias, recurrent_gate_weight, recurrent_gate_bias)
-    in_place = conv.is_contiguous() and h.is_contiguous()
-    if B and in_place and serve.serves(x, y, conv_weight, conv_bias, *gates, recurrent_param, conv, h):
-        from griffin.ops.triton import recurrent_step  # triton is absent on most machines
-
-        return recurrent_step.recurrent_step_(
-            *(x, y, conv_weight, conv_bias, gates, recurrent_param, conv, h, reset, unscaled_first_token)
-        )
-    u, last = causal_conv1d(x[:, None], conv_weight, conv_bias, conv, reset[:, None])
-    input_gate = block_diagonal_linear(u, input_gate_weight, input_gate_bias)
-    recurrent_gate = block_diagonal_linear(u, recurrent_gate_weight, recurrent_gate_bias)
-    states, last_h = rg_lru(
-        *(u, input_gate, recurrent_gate, recurrent_param, h, reset[:, None]),
-        unscaled_first_token=unscaled_first_token,
+    return kernels.recurrent_step_(  # type: ignore[no-any-return]
+        *(x, y, conv_weight, conv_bias, gates, recurrent_param, conv, h, reset, unscaled_first_token)
     )
-    assign_(h, last_h)
-    assign_(conv, last)
-    return geglu(y[:, None], states)[:, 0]

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import recurrence as cpp
-from griffin.ops.scan import CHUNK, forgotten, initial_state, reverse_scan, scan, steps
-from griffin.ops.triton import serve
+from griffin.ops import device
+from griffin.ops.chunk import CHUNK
+from griffin.ops.op import opaque
+from griffin.ops.scan import initial_state, reverse_scan, scan
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
+# The least divisor in the gradient of the square root. Without a bound, where a = 1 (padding), it would be 0, and the 0
+# that it divides would make NaN.
+LEAST = 1e-18
 
 
 def rg_lru(
@@ -68,49 +71,20 @@ def rg_lru(
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
     h0 = initial_state(x, h0)
-    if library.direct(x, input_gate, recurrent_gate, recurrent_param, h0):
-        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)[:2]
     bound = float("inf") if max_sqrt_gradient is None else max_sqrt_gradient
-    y, h_last, _ = torch.ops.griffin.rg_lru(
-        x, input_gate, recurrent_gate, recurrent_param, h0, reset, bound, unscaled_first_token
-    )
+    gates = (input_gate, recurrent_gate)
+    y, h_last, _ = _rg_lru(x, *gates, recurrent_param, h0, reset, bound, unscaled_first_token)
     return y, h_last
 
 
-@torch.library.custom_op("griffin::rg_lru", mutates_args=())
-def _rg_lru(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    recurrent_param: Tensor,
-    h0: Tensor,
-    reset: Tensor | None,
-    max_sqrt_gradient: float,
-    unscaled_first_token: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
-    if serve.serves(x, input_gate, recurrent_gate, recurrent_param, h0):
-        from griffin.ops.triton import rg_lru as kernels  # most machines have no triton
-
-        return kernels.forward(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
-    if library.serves(x, input_gate, recurrent_gate):
-        return cpp.rg_lru(x, input_gate, recurrent_gate, recurrent_param, h0, reset, unscaled_first_token)
-    b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
-    _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
-    h = scan(a, b.mul_(scale), h0, None if reset is None else reset[..., None])
-    chunk_states = torch.cat([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], dim=1)
-    return h.to(x.dtype), h[:, -1].clone(), chunk_states
-
-
-@_rg_lru.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, input_gate, recurrent_gate, recurrent_param, h0, reset, max_sqrt_gradient, unscaled_first_token
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset, max_sqrt_gradient, unscaled
 ):
-    B, T, R = x.shape
-    return x.new_empty(B, T, R), torch.empty_like(h0), h0.new_empty(B, (T + CHUNK - 1) // CHUNK, R)
+    like_x = tuple(x.new_empty(x.shape) for _ in range(3))
+    return *like_x, torch.empty_like(recurrent_param), torch.empty_like(dh_last)
 
 
-@torch.library.custom_op("griffin::rg_lru_backward", mutates_args=())
+@opaque("rg_lru_backward", fake=_fake_backward)
 def _rg_lru_backward(
     dy: Tensor,
     dh_last: Tensor,
@@ -130,29 +104,20 @@ def _rg_lru_backward(
     dp = -8 sigmoid(p) sum(r dlog_a);  dh0 = a_1 g_1.
     """
     inputs = (dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states)
-    if serve.serves(*inputs):
-        from griffin.ops.triton import rg_lru as kernels
-
-        return kernels.backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
-    if library.serves(x, dy):
-        return cpp.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
+    if (kernels := device.kernels("rg_lru", *inputs)) is not None:
+        return kernels.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)  # type: ignore[no-any-return]
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
     ix = i * x_
-    starts = None if reset is None else reset[..., None]
-    g = reverse_scan(a, dy.to(dtype), dh_last, starts)
+    g = reverse_scan(a, dy.to(dtype), dh_last)
     gx = g * scale
     dx = gx * i
     d_input_gate = gx * ix * (1 - i)
-    dlog_a = g * a * _earlier_states(a, scale * ix, chunk_states, starts)
-    dh0 = a[:, 0] * g[:, 0]
-    if starts is not None:  # what is forgotten may be NaN, and 0 times it is
-        dlog_a.masked_fill_(starts, 0.0)
-        dh0.masked_fill_(starts[:, 0], 0.0)
-    # Without a bound, where a is 1 to the last bit, v is 0: r is too, and 0 times what x / 0 gives would be NaN.
-    least = max(max_sqrt_gradient**-2, torch.finfo(dtype).tiny)
-    through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(least).sqrt_()
+    dlog_a = g * a * _earlier_states(a, scale * ix, chunk_states)
+    if reset is not None:
+        dlog_a.masked_fill_(reset[..., None], 0.0)  # what is forgotten may be NaN
+    through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(max(max_sqrt_gradient**-2, LEAST**2)).sqrt_()
     if reset is not None and unscaled_first_token:
         through_scale.masked_fill_(reset[..., None], 0.0)
     dlog_a.sub_(through_scale, alpha=2)
@@ -164,19 +129,18 @@ def _rg_lru_backward(
         d_input_gate.to(x.dtype),
         d_recurrent_gate.to(x.dtype),
         dp.to(recurrent_param.dtype),
-        dh0,
+        torch.where(a[:, 0] == 0, 0, a[:, 0] * g[:, 0]),
     )
 
 
-@_rg_lru_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states, reset, max_sqrt_gradient, unscaled
+def _fake(  # type: ignore[no-untyped-def]
+    x, input_gate, recurrent_gate, recurrent_param, h0, reset, max_sqrt_gradient, unscaled_first_token
 ):
-    like_x = tuple(x.new_empty(x.shape) for _ in range(3))
-    return *like_x, torch.empty_like(recurrent_param), torch.empty_like(dh_last)
+    B, T, R = x.shape
+    return x.new_empty(B, T, R), torch.empty_like(h0), h0.new_empty(B, (T + CHUNK - 1) // CHUNK, R)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, input_gate, recurrent_gate, recurrent_param, _, reset, ctx.bound, ctx.unscaled = inputs
     ctx.save_for_backward(x, input_gate, recurrent_gate, recurrent_param, output[2], reset)
     ctx.mark_non_differentiable(output[2])
@@ -188,7 +152,26 @@ def _backward(ctx, dy, dh_last, _):  # type: ignore[no-untyped-def]
     return dx, di, dr, dp, dh0, None, None, None
 
 
-_rg_lru.register_autograd(_backward, setup_context=_setup_context)
+@opaque("rg_lru", fake=_fake, backward=_backward, save=_save)
+def _rg_lru(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrent_gate: Tensor,
+    recurrent_param: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    max_sqrt_gradient: float,
+    unscaled_first_token: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
+    inputs = (x, input_gate, recurrent_gate, recurrent_param, h0)
+    if (kernels := device.kernels("rg_lru", *inputs)) is not None:
+        return kernels.rg_lru(*inputs, reset, unscaled_first_token)  # type: ignore[no-any-return]
+    b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
+    _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
+    h = scan(a, b.mul_(scale), h0)
+    chunk_states = torch.cat([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], dim=1)
+    return h.to(x.dtype), h[:, -1].clone(), chunk_states
 
 
 def _decay(
@@ -211,22 +194,17 @@ def _decay(
     return r, a, v, scale
 
 
-def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor, starts: Tensor | None) -> Tensor:
+def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor) -> Tensor:
     """Give h_{t-1} for every t, each chunk from its own first state."""
     T = a.shape[1]
     chunks = T // CHUNK
     whole = chunks * CHUNK
     before = torch.empty_like(b)
     # All whole chunks side by side, (B, chunks, CHUNK, R), then what is left of T.
-    for first, last, h in ((0, whole, chunk_states[:, :chunks]), (whole, T, chunk_states[:, -1])):
-        if first == last:
-            continue
-        tensors, some = [t[:, first:last] for t in (a, b, before)], None if starts is None else starts[:, first:last]
-        if h.dim() == 3:
-            tensors = [t.unflatten(1, (chunks, CHUNK)) for t in tensors]
-            some = None if some is None else some.unflatten(1, (chunks, CHUNK))
-        each = zip(*(t.unbind(-2) for t in tensors), steps(some, tensors[0].shape[-2]), strict=True)
-        for a_t, b_t, before_t, starts_t in each:
+    side_by_side = [t[:, :whole].unflatten(1, (chunks, CHUNK)) for t in (a, b, before)] if chunks else []
+    rest = [t[:, whole:] for t in (a, b, before)] if whole < T else []
+    for tensors, h in ((side_by_side, chunk_states[:, :chunks]), (rest, chunk_states[:, -1])):
+        for a_t, b_t, before_t in zip(*(t.unbind(-2) for t in tensors), strict=True):
             before_t.copy_(h)
-            h = torch.addcmul(b_t, a_t, forgotten(h, starts_t))
+            h = torch.addcmul(b_t, a_t, torch.where(a_t == 0, 0, h))
     return before

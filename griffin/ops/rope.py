@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu import library
-from griffin.ops.cpu import pointwise as cpp
+from griffin.ops import device
+from griffin.ops.cpu.library import check_whole
+from griffin.ops.op import differentiable
 
 
 def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -27,9 +26,9 @@ def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tu
     Raises:
         ValueError: positions are not whole numbers.
     """
-    library.check_whole(positions)
-    if not torch.is_grad_enabled() and library.plain(positions):
-        return cpp.rope_table(positions, rope_width, base)
+    check_whole(positions)
+    if (kernels := device.kernels("rope_table", positions)) is not None:
+        return kernels.rope_table(positions, rope_width, base)  # type: ignore[no-any-return]
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
@@ -50,8 +49,8 @@ def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
     """
     if position.dim() != 1 or position.dtype != torch.int64:
         raise ValueError(f"position is {tuple(position.shape)} {position.dtype}; it must be (B,) int64")
-    if not torch.is_grad_enabled() and library.plain(position) and position.is_contiguous():
-        return cpp.next_positions(position)
+    if position.is_contiguous() and (kernels := device.kernels("next_positions_", position)) is not None:
+        return kernels.next_positions_(position)  # type: ignore[no-any-return]
     positions = position[:, None].clone()
     position += 1
     return positions, positions == 0
@@ -79,42 +78,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.shape[-1]
     if x.dim() != 4 or cos.shape != sin.shape or cos.shape != (*x.shape[:2], n) or 2 * n > x.shape[3]:
         raise ValueError(f"x {tuple(x.shape)}, table {tuple(cos.shape)}: they must be (B, T, H, K>=2n) and (B, T, n)")
-    if library.direct(x, cos, sin):
-        return cpp.rope(x, cos, sin)
-    return torch.ops.griffin.rope(x, cos, sin)  # type: ignore[no-any-return]
+    kernels = device.kernels("rope", x, cos, sin)
+    if kernels is None:
+        return _definition(x, cos, sin)
+    return differentiable(kernels.rope, kernels.rope_backward, x, cos, sin)
 
 
-# Composite, not a custom_op: where no kernel is registered, PyTorch differentiates, fuses and shards the definition.
-_library = torch.library.Library("griffin", "FRAGMENT")
-_library.define("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor")
-
-
-@torch.library.impl(_library, "rope", "CompositeImplicitAutograd")
 def _definition(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second, rest = x.split([n, n, x.shape[3] - 2 * n], dim=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(x.dtype) for part in rotated), rest], dim=-1)
-
-
-@torch.library.impl(_library, "rope", "CPU")
-def _cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return cpp.rope(x, cos, sin) if library.serves(x) else _definition(x, cos, sin)
-
-
-@torch.library.impl(_library, "rope", "AutogradCPU")
-def _autograd_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Rope.apply(x, cos, sin) if library.serves(x) else _definition(x, cos, sin)  # type: ignore[no-untyped-call]
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return cpp.rope(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return cpp.rope(dy, *ctx.saved_tensors, inverse=True), None, None

@@ -12,9 +12,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
-from griffin.recompute import Recompute
+from griffin.reading import parse_json
 
 Dtype = Literal["fp32", "bf16"]
+Recompute = Literal["none", "cheap", "all"]
+_WARMUP_STEPS = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class TrainConfig:
     steps: int
     learning_rate: float = 2e-3  # the peak, at the end of the warm-up
     min_learning_rate: float = 0.1  # at the last step, as a fraction of the peak
-    warmup_steps: int = 50
+    warmup_steps: int | None = None  # None: 50, or half of the steps where those are fewer than 100; see `warmup`
     weight_decay: float = 0.1  # of the matrices of linear layers; see griffin.train.optim
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -54,15 +56,19 @@ class TrainConfig:
     log_every: int = 10  # steps
     tensorboard: bool = False  # also write run/tensorboard
     threads: int | None = None  # of the CPU; None: PyTorch's choice
-    device: str = "cpu"
+    device: str = "cpu"  # cuda, cuda:1; auto: a GPU if there is one
     peak_flops: float | None = None  # of the device in matrix products, for MFU; None: what is known of it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _require(self, field.name, not isinstance(value, int) or value < 2**63, "below 2^63")
         positive = "batch_rows row_tokens grad_accumulation steps validate_every validation_rows checkpoint_every"
         for name in (*positive.split(), "keep_checkpoints", "log_every"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "sample_every", "seed"):
+        _require(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "0 or more, or None")
+        for name in ("sample_every", "seed"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("learning_rate", "eps", "grad_clip"):
             _require(self, name, 0 < getattr(self, name) < math.inf, "positive")
@@ -76,8 +82,15 @@ class TrainConfig:
         _require(self, "train_data", bool(self.train_data), "the path of a text")
         if self.init_from is None and (self.model is None or self.tokenizer is None):
             raise GriffinError("model and tokenizer may be None only with init_from: give both, or a model folder")
-        if self.warmup_steps >= self.steps:
-            raise GriffinError(f"warmup_steps={self.warmup_steps} must be below steps={self.steps}")
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise GriffinError(
+                f"warmup_steps={self.warmup_steps} must be below steps={self.steps}: set it lower, or to none"
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up, that of the default too: it follows `steps`, which may be set without it."""
+        return self.warmup_steps if self.warmup_steps is not None else min(_WARMUP_STEPS, self.steps // 2)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -89,10 +102,7 @@ def config_from_json(text: str, where: str) -> TrainConfig:
     Raises:
         GriffinError: it is not JSON, has a key that TrainConfig has not or lacks one, or a value does not fit.
     """
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise GriffinError(f"{where} is not JSON ({error})") from error
+    data = parse_json(text, where)
     try:
         model = data.pop("model")
         if model is not None:

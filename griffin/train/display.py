@@ -1,17 +1,65 @@
-"""What a person sees of a run."""
+"""What a person sees of a run. It can fail, and the run goes on: what is only shown cannot stop hours of work."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from griffin.data.text import Report
+from griffin.errors import printable
 
 PATIENCE_S = 2.0  # what takes longer shows how far it is
+
+
+@contextmanager
+def going_on(console: Console) -> Iterator[Console]:
+    """Let a console lose what its file does not take: the reader has left, the disk is full, the terminal is gone.
+
+    rich ends the process where the reader has left (`| head -1`). An error in making the text, and KeyboardInterrupt,
+    pass.
+    """
+    file = console.file
+    console.file = _Undemanding(file)  # type: ignore[assignment]
+    try:
+        yield console
+    finally:
+        console.file = file
+
+
+class _Undemanding:
+    """A text file whose writing never fails. All else is the file's."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        self._try(self._file.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._file.flush)
+
+    def _try(self, call: Any, *arguments: str) -> None:
+        with suppress(OSError, ValueError, RuntimeError):  # ValueError: closed; RuntimeError: a signal while writing
+            call(*arguments)
 
 
 class Display:
@@ -44,33 +92,41 @@ class Display:
         self._bar.update(self._task, completed=step, measures=f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s{share}")
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print lines. What a model wrote, or somebody called a file, must not drive the terminal."""
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def reporting(console: Console) -> Iterator[Report]:
     """Give a `Report` that shows a bar for what takes longer than PATIENCE_S."""
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeElapsedColumn(),
         console=console,
         transient=True,
         refresh_per_second=4,
         disable=not console.is_terminal,
     )
-    task = bar.add_task("")
+    task = None
+    shown = ""
     began = time.monotonic()
     started = False
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal started
+        nonlocal started, task, shown
         if not started and time.monotonic() - began > PATIENCE_S:
             started = True
             bar.start()
             if not console.is_terminal:
                 console.print(f"{what} ...", markup=False)
-        bar.update(task, description=what, completed=done, total=total or None)
+        if task is None or what != shown:  # with a speed of its own, and maybe no total
+            if task is not None:
+                bar.remove_task(task)
+            task, shown = bar.add_task(what, total=total or None), what
+        bar.update(task, completed=done)
 
     try:
         yield report

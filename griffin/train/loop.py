@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,21 +16,34 @@ from griffin.config import GriffinConfig
 from griffin.data.order import step_rows
 from griffin.data.packing import count_rows, pack
 from griffin.data.prepare import Data, prepare
-from griffin.errors import GriffinError
+from griffin.errors import GriffinError, is_panic, one_line
 from griffin.files import whole_file
+from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
+from griffin.score import Validation
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
-from griffin.train.display import Display, reporting
+from griffin.train.display import Display, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
-from griffin.train.metrics import METRICS, Metrics, curve, read_metrics
+from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
-from griffin.train.snapshot import Progress, latest, load_snapshot, remove_leftovers, save_snapshot
-from griffin.train.step import StepResult, Validation, take_step
+from griffin.train.parallel import prepare_blocks
+from griffin.train.snapshot import (
+    Before,
+    Progress,
+    check_snapshot,
+    latest,
+    load_snapshot,
+    remove_leftovers,
+    save_snapshot,
+)
+from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
 
 MOST_SKIPPED = 100  # in a row: the run has diverged
+# Fields that may change on resuming, and decide how the next steps change the weights.
+SCHEDULE = ["steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "betas", "eps", "grad_clip"]
 
 Sampler = Callable[[Griffin, Tokenizer, str], str]  # a prompt to a text; training itself knows no sampling
 
@@ -40,6 +54,7 @@ class Result:
 
     step: int
     finished: bool  # False: it was told to stop, and goes on with resume=True
+    signal: int | None = None  # that told it to stop
     model_folder: Path | None  # run/model; None unless finished
     validation_bits_per_byte: float | None  # the last one measured
     seconds: float  # of training, over all sessions
@@ -53,50 +68,63 @@ def train(
     sampler: Sampler | None = None,
     console: Console | None = None,
 ) -> Result:
-    """Train until config.steps, or until Ctrl-C or SIGTERM, which end the step, write a checkpoint and return.
+    """Train until config.steps, or until Ctrl-C, SIGTERM or SIGHUP, which end the step, write a checkpoint and return.
 
     The run folder holds config.json, data/ (the tokens), metrics.jsonl, checkpoints/ and at the end model/. A run that
     was killed at any moment and resumed writes the same numbers as one that was not: bit for bit, on one machine's CPU
-    with as many threads.
+    with as many threads. What cannot be gone on with is refused before anything in the folder has changed.
 
     Args:
         config: what to train on what.
         run: the run's folder; it is made.
         resume: go on from the newest checkpoint; from the beginning where there is none yet.
-        sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown.
-        console: where to show things; None is the terminal.
+        sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown. An
+            error of it is shown too, and the run goes on.
+        console: where to show things; None is the terminal. That it can be shown is not needed: the reader may leave.
 
     Raises:
-        GriffinError: the folder has a run and resume is False; the data, a checkpoint or the config cannot be used; or
-            MOST_SKIPPED steps in a row had a loss or gradient that is not finite.
+        GriffinError: the folder has a run and resume is False; the data, a checkpoint or the config cannot be used, or
+            needs more than this machine has; or MOST_SKIPPED steps in a row had a loss or gradient that is not finite.
     """
-    run, console = Path(run), console or Console()
+    run = Path(run)
     newest = latest(run)
     if newest is not None and not resume:
         raise GriffinError(
             f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
         )
+    if config.tensorboard:
+        check_tensorboard()
+    device = find_device(config.device)
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    run.mkdir(parents=True, exist_ok=True)
-    with only_process(run):
+        check_threads(config.threads)
+    # Once there is a checkpoint, the model that the run began with is not needed any more.
+    start = newest if newest is not None or config.init_from is None else checkpoint.resolve(config.init_from)
+    if start is not None and (config.model is None or newest is None):
+        stored = checkpoint.read_config(start)
+        if config.model not in (None, stored):
+            raise GriffinError(f"{config.init_from} is of another config than model=; leave model=None to take its own")
+        config = replace(config, model=stored)
+    _check_memory(config, device)
+    before = None if newest is None else check_snapshot(newest, config)
+    if before is not None and before.step > config.steps:
+        raise GriffinError(
+            f"{run} has done {before.step} steps, more than steps={config.steps}: give as many or more, "
+            "or begin anew in another folder (--run DIR)"
+        )
+    with going_on(console or Console()) as console, only_process(run):
         remove_leftovers(run)
-        # Once there is a checkpoint, the model that the run began with is not needed any more.
-        start = newest if newest is not None or config.init_from is None else checkpoint.resolve(config.init_from)
-        if config.model is None:
-            assert start is not None  # TrainConfig sees to it
-            config = replace(config, model=checkpoint.read_config(start))
-        with whole_file(run / "config.json") as file:
-            file.write_text(config.to_json(), encoding="utf-8")
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         with reporting(console) as report:
             data = prepare(
                 config.train_data,
                 run / "data",
                 tokenizer=config.tokenizer or str(start),
                 validation=config.validation_data,
+                expected=None if before is None else before.data,
                 report=report,
             )
-        return _Run(config, run, data, console, sampler, newest).go()
+        return _Run(config, run, data, console, sampler, newest, before).go()
 
 
 class _Run:
@@ -110,18 +138,18 @@ class _Run:
         console: Console,
         sampler: Sampler | None,
         newest: Path | None,
+        before: Before | None,
     ) -> None:
         assert config.model is not None
         self.config, self.run, self.data, self.sampler = config, run, data, sampler
-        self.device = _device(config.device)
+        self.device = torch.device(find_device(config.device))
         _check_data(config, config.model, data)
         self.num_rows = count_rows(data.train, config.row_tokens)
-        self.newest = newest
+        self.newest, self.before = newest, before
         if self.device.type == "cpu":
             keep_freed_memory() if config.recompute == "none" else return_freed_memory()
         self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
-        if config.compile:
-            self.model.compile_blocks()
+        prepare_blocks(self.model, recompute=config.recompute, compiled=config.compile)
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
         self.peak_flops = config.peak_flops or peak_flops(self.device)
         self.flops_per_token = flops_per_token(config.model, config.row_tokens)
@@ -135,7 +163,7 @@ class _Run:
         )
         self.progress = Progress()
         self.display = Display(console, config.steps)
-        self.width = console.width
+        self.width, self.encoding = console.width, console.encoding
         self.bits_per_byte: float | None = None
 
     def go(self) -> Result:
@@ -144,9 +172,12 @@ class _Run:
             self.progress, changes = load_snapshot(newest, config, self.data.fingerprint(), self.model, self.optimizer)
             progress = self.progress
             self.display.say(f"going on from step {progress.step} ({newest})")
-            for change in changes:
+            for change in (*changes, *self._changes()):
                 self.display.say(f"  not bit for bit the unbroken run: {change}")
-        self.metrics = Metrics(self.run, progress.step if newest is not None else -1, config.tensorboard)
+        with whole_file(self.run / "config.json") as file:
+            file.write_text(config.to_json(), encoding="utf-8")
+        step = progress.step if newest is not None else -1
+        self.metrics = Metrics(self.run, step, config.tensorboard, self.display.say)
         try:
             with self.display, stop_on_signal(self.display.say) as stop:
                 if newest is None:
@@ -158,7 +189,20 @@ class _Run:
                         self._save()
         finally:
             self.metrics.close()
-        return self._end()
+        return self._end(stop.signal)
+
+    def _changes(self) -> list[str]:
+        """What is set otherwise than before, of what decides the next steps; above all the learning rate's jump."""
+        assert self.before is not None
+        now = json.loads(self.config.to_json())
+        pairs = [(name, self.before.config[name], now[name]) for name in SCHEDULE if name in self.before.config]
+        texts = [f"{name} was {then}, is {value}" for name, then, value in pairs if then != value]
+        if not texts:
+            return []
+        earlier = replace(self.config, **{name: then for name, then, _ in pairs})
+        step = self.progress.step
+        then, rate = learning_rate(max(0, step - 1), earlier), learning_rate(step, self.config)
+        return [*texts[:-1], f"{texts[-1]}; the learning rate goes on from {then:.3g} with {rate:.3g}"]
 
     def _begin(self) -> None:
         config, meta = self.config, self.data.train.meta
@@ -215,6 +259,9 @@ class _Run:
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
+        if not result.num_tokens:
+            self.display.say(f"step {progress.step} skipped: its rows have no token to predict")
+            return
         progress.skipped_in_a_row += 1
         self.display.say(f"step {progress.step} skipped: loss {result.nats}, gradient norm {result.grad_norm}")
         if progress.skipped_in_a_row >= MOST_SKIPPED:
@@ -250,11 +297,29 @@ class _Run:
         self.display.say(f"step {step:6d}  validation {loss:.3f} nats/token  {self.bits_per_byte:.3f} bits/byte{speed}")
 
     def _sample(self, when: str) -> None:
-        if self.sampler is not None:
+        if self.sampler is None:
+            return
+        try:
             text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt)
-            if self.progress.step == 0:  # a model that knows nothing repeats itself at length
-                text = "\n".join(text.splitlines()[:6])[:300]
-            self.display.say(f"\n--- a sample {when} ---\n{text}\n---\n")
+        except BaseException as error:  # whatever it is: a sample is only shown
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            kind = "" if isinstance(error, GriffinError) else f"{type(error).__name__}: "
+            self.display.say(f"\nno sample {when}: {kind}{one_line(error)}\n")
+            return
+        if self.progress.step == 0:  # a model that knows nothing repeats itself at length
+            text = "\n".join(text.splitlines()[:6])[:300]
+        self.display.say(f"\n--- a sample {when} ---\n{text}\n---\n")
+
+    def _curve(self) -> None:
+        if not self.encoding.startswith("utf"):
+            self.display.say(f"the loss curve needs a UTF-8 terminal; its numbers are in {self.run / METRICS}")
+            return
+        try:
+            text = curve(read_metrics(self.run / METRICS), self.width)
+        except Exception as error:  # of a library that draws
+            text = f"no loss curve: {type(error).__name__}: {one_line(error)}"
+        self.display.say(text)
 
     def _save(self) -> Path:
         return save_snapshot(
@@ -267,16 +332,17 @@ class _Run:
             self.data.tokenizer,
         )
 
-    def _end(self) -> Result:
+    def _end(self, signal: int | None) -> Result:
         finished = self.progress.step >= self.config.steps
         folder = self.run / "model" if finished else None
         if folder is not None:
             checkpoint.save(self.model, folder, self.data.tokenizer, overwrite=True)
             self._sample("after training")
-            self.display.say(curve(read_metrics(self.run / METRICS), self.width))
+            self._curve()
         return Result(
             step=self.progress.step,
             finished=finished,
+            signal=signal,
             model_folder=folder,
             validation_bits_per_byte=self.bits_per_byte,
             seconds=self.progress.seconds,
@@ -287,13 +353,9 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
     activations = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     if init_from is None:
         generator = torch.Generator(device).manual_seed(config.seed)
-        return Griffin(
-            model, device=device, activation_dtype=activations, generator=generator, recompute=config.recompute
-        )
+        return Griffin(model, device=device, activation_dtype=activations, generator=generator)
     loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
-    if loaded.config != model:
-        raise GriffinError(f"{init_from} is of another config than model=; leave model=None to take its own")
-    loaded.activation_dtype, loaded.recompute = activations, config.recompute
+    loaded.activation_dtype = activations
     return loaded
 
 
@@ -309,10 +371,19 @@ def _check_data(config: TrainConfig, model: GriffinConfig, data: Data) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise GriffinError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+def _check_memory(config: TrainConfig, device: str) -> None:
+    """Refuse what cannot be trained here, by what is needed at the least."""
+    assert config.model is not None
+    num_parameters = config.model.num_parameters()
+    # fp32 weights, their gradients and AdamW's two averages.
+    check_memory(f"training a model of {num_parameters:,} parameters", 16 * num_parameters, device)
+    # A batch has three whole numbers of 8 bytes a token, and every batch of a step is there at once; the first layer's
+    # input is in the activations' dtype.
+    tokens = config.batch_rows * config.row_tokens
+    activation = config.model.width * (2 if config.dtype == "bf16" else 4)
+    check_memory(
+        f"a step of batch_rows={config.batch_rows} x row_tokens={config.row_tokens} tokens, "
+        f"grad_accumulation={config.grad_accumulation}",
+        tokens * (24 * config.grad_accumulation + activation),
+        device,
+    )

@@ -29,7 +29,7 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Train
     for name, parameter in parameters:
         if parameter.requires_grad:
             groups[decays(name)].append((name, parameter))
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": group, "weight_decay": config.weight_decay if decayed else 0.0}
             for decayed, group in groups.items()
@@ -40,14 +40,21 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Train
         eps=config.eps,
         fused=True,
     )
+    optimizer.register_step_post_hook(_count_writes)
+    return optimizer
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Tell PyTorch that the parameters were written: a fused step does not, and Griffin.fingerprint asks."""
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Give the rate of a step, counted from 0: a straight line up to the peak, then half a cosine down.
 
-    Step warmup_steps has the peak; the last step has min_learning_rate times it.
+    Step `config.warmup` has the peak; the last step has min_learning_rate times it.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate, config.warmup
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, config.steps - 1 - warmup)

@@ -82,6 +82,26 @@ def save_snapshot(
     return folder
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a checkpoint says of the run that wrote it, without its tensors."""
+
+    step: int
+    data: str  # the fingerprint of what it read
+    config: dict[str, Any]  # as `TrainConfig.to_json` writes it
+
+
+def check_snapshot(folder: Path, config: TrainConfig) -> Before:
+    """Look at a checkpoint before anything of the run is touched.
+
+    Raises:
+        GriffinError: it cannot be read, or is of another config; the message has both values.
+    """
+    state = _read_state(folder / STATE)
+    _check_config(folder, state, config)
+    return Before(state["progress"]["step"], state["data"], state["config"])
+
+
 def load_snapshot(
     folder: Path, config: TrainConfig, data: str, model: Griffin, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, list[str]]:

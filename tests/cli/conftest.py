@@ -7,7 +7,7 @@ import pytest
 
 import griffin
 from griffin import Griffin, Tokenizer
-from griffin.chat_template import GEMMA
+from griffin.tokenizer.chat_template import GEMMA
 
 
 @pytest.fixture

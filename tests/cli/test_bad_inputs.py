@@ -41,6 +41,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
+        (folder / "model" / "SHA256SUMS").unlink(missing_ok=True)  # made so, and not damaged since
 
     return make
 
@@ -75,20 +76,36 @@ CASES: list[tuple[str, Make, list[str], str]] = [
     ("no prompt", nothing, ["generate", "model"], ""),
     ("negative temperature", nothing, [*GENERATE, "--temperature", "-1"], "temperature"),
     ("top-p above one", nothing, [*GENERATE, "--top-p", "1.5"], "top_p"),
+    ("no such device", nothing, [*GENERATE, "--device", "mps"], "there are auto, cpu"),
     ("unknown option", nothing, [*GENERATE, "--hotness", "3"], "--hotness"),
     ("unknown command", nothing, ["trian", "x"], "trian"),
     ("no chat template", nothing, ["generate", "model", "Hi", "--chat"], "no chat template"),
+    (
+        "a chat template that never ends",
+        write(
+            "model/chat_template.jinja", b"{% for a in range(9999) %}{% for b in range(9999) %}" + b"{% endfor %}" * 2
+        ),
+        ["generate", "model", "Hi", "--chat"],
+        "fuel",
+    ),
+    (
+        "a chat template that crashes",
+        write("model/chat_template.jinja", b"{% set n = namespace() %}{% set n.a = n %}{{ n }}"),
+        ["generate", "model", "Hi", "--chat"],
+        "crashed",
+    ),
     ("a conversation of nowhere", nothing, ["chat", "model", "--load", "none.safetensors"], "none.safetensors"),
     (
         "a conversation that is text",
         write("c", b"hello"),
         ["chat", "model", "--load", "c"],
-        "cannot be read as a state",
+        "c cannot be read (",
     ),
     ("unknown preset", nothing, ["info", "griffin-1t"], "griffin-1t"),
     ("no text", nothing, ["train", "no.txt"], "no.txt"),
     ("empty text", write("e.txt", b""), ["train", "e.txt"], "e.txt"),
     ("text that is not UTF-8", write("b.txt", b"abc \xff\xfe" * 50), ["train", "b.txt"], "b.txt"),
+    ("half a character", write("h.jsonl", b'{"text": "\\ud83d"}\n'), ["train", "h.jsonl"], "line 1"),
     ("text shorter than a row", write("s.txt", b"too short"), ["train", "s.txt"], "row"),
     ("no recipe", nothing, ["train", "no.py"], "no.py"),
     ("a broken recipe", write("r.py", b"def config(:\n"), ["train", "r.py"], "line 1"),
@@ -106,6 +123,12 @@ CASES: list[tuple[str, Make, list[str], str]] = [
         write("t.txt", b"to be"),
         ["tokenizer", "train", "t.txt", "--vocab-size", "9", "--output", "o"],
         "9",
+    ),
+    (
+        "a vocabulary too large",
+        write("t.txt", b"to be"),
+        ["tokenizer", "train", "t.txt", "--vocab-size", "1099511627776", "--output", "o"],
+        "1048576",
     ),
     ("a pickle that is not one", write("g.pt", b"noise"), ["convert", "g.pt", "out"], "g.pt"),
     ("nothing to convert", nothing, ["convert", "g.pt", "out"], "g.pt"),

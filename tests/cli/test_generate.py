@@ -8,6 +8,7 @@ import pytest
 
 import griffin
 from griffin.cli import options
+from griffin.cli.generate import read_prompts
 from griffin.cli.main import run
 
 OPTIONS = ["--max-tokens", "12", "--seed", "3", "--device", "cpu"]
@@ -70,3 +71,49 @@ def test_freed_memory_is_kept(plain_folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_out_of_range_are_named(plain_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", str(plain_folder), "Once", "--top-p", "1.5"]) == 2
     assert "top_p=1.5" in capsys.readouterr().err
+
+
+def test_only_line_feeds_end_the_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    parts = [f"{name} still" for name in ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]]
+    file.write_bytes(("\ufeffone" + "\r\n\n \r\n".join(parts) + "\n\ufefftwo").encode())
+    assert read_prompts([], file) == ["one" + parts[0], *parts[1:], "\ufefftwo"]
+    file.write_bytes(b"fine\n\xff\n")
+    with pytest.raises(griffin.GriffinError, match=r"prompts\.txt: character 5 is the byte 0xff, which is not UTF-8"):
+        read_prompts([], file)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), griffin.GriffinError("enough")])
+def test_what_ends_a_text_early_is_said_on_a_line_of_its_own(
+    plain_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    show = options.show
+
+    def show_and_fail(text: str) -> None:
+        show(text)
+        raise error
+
+    monkeypatch.setattr(options, "show", show_and_fail)
+    status = 130 if isinstance(error, KeyboardInterrupt) else 2
+    assert run(["generate", str(plain_folder), "Once", *OPTIONS]) == status
+    out, _ = capsys.readouterr()
+    assert out.endswith("\n")
+    assert len(out) > 1
+
+
+def test_prompts_of_others_do_not_drive_the_terminal(
+    plain_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert run(["generate", str(plain_folder), "a\x1b]0;x\x07", "b", *OPTIONS]) == 0
+    assert "\x1b]" not in capsys.readouterr().out
+
+
+def test_log_probabilities_are_kept_only_where_asked_for(plain_folder: Path) -> None:
+    from griffin.infer.generate import start
+
+    model, tokenizer = griffin.load(plain_folder), griffin.load_tokenizer(plain_folder)
+    for asked, kept in ((None, 0), (0, 12)):
+        generation = start(model, tokenizer, ["Once"], max_tokens=12, seed=3, ignore_eos=True, logprobs=asked)
+        generation.completions()
+        assert len(generation.rows[0].logprobs) == kept

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import pytest
 import torch
 
 import griffin
-from griffin import PRESETS, Griffin
+from griffin import PRESETS, Griffin, ops
+from griffin.checkpoint.describe import describe
 from griffin.cli.main import run
-from griffin.infer.describe import describe
+from griffin.ops import device
 from griffin.ops.cpu import library
-from griffin.ops.kernels import CPU_KERNELS, DEFINITIONS, TRITON_KERNELS, serving
-from griffin.ops.triton import serve
+from griffin.ops.device import OPS, serving
 
 
 @pytest.mark.parametrize("name", ["griffin-tiny", "hawk-tiny", "transformer-tiny"])
@@ -33,7 +34,7 @@ def test_the_largest_preset_needs_no_memory(capsys: pytest.CaptureFixture[str]) 
     assert run(["info", "griffin-14b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_parameters"] == PRESETS["griffin-14b"].num_parameters()
-    assert len(found["kernels"]) == len(DEFINITIONS)
+    assert len(found["kernels"]) == len(OPS)
 
 
 def test_a_folder_goes_before_a_preset(
@@ -50,15 +51,32 @@ def test_a_folder_goes_before_a_preset(
     assert describe("half").dtype == torch.bfloat16
 
 
-def test_the_kernels_that_serve_are_shown() -> None:
-    ours = {row.op for row in serving("cpu") if row.kernel == "ours"}
-    assert ours == (set(CPU_KERNELS) if library.status()[0] else set())
+def test_what_serves_every_op_is_shown() -> None:
+    assert {row.op for row in serving("cpu")} == {*ops.__all__, "quantized_linear_many"}
+    available, reason = library.status()
+    rows = {row.op: row for row in serving("cpu")}
+    assert (rows["rg_lru"].kernel == "ours") == available
+    assert rows["rg_lru"].reason == reason
+    assert rows["quantize_int8"].reason == "the definition is what there is for it"
+    if available:
+        assert "at most 8 taps" in rows["causal_conv1d"].reason
+        assert "where no gradient is recorded" in rows["embed"].reason
     with library.without_kernels():
         rows = {row.op: row for row in serving("cpu")}
-    assert rows["rg_lru"].kernel == "PyTorch, a loop over time"
+    assert rows["rg_lru"].kernel == "PyTorch: a loop over time"
     assert rows["rg_lru"].reason == "turned off by without_kernels()"
     assert all(row.kernel != "ours" and "no kernels for mps" in row.reason for row in serving("mps"))
-    available, reason = serve.status()
+    available, reason = device.status(torch.device("cuda"))
     rows = {row.op: row for row in serving("cuda:1")}
-    assert {row.op for row in rows.values() if row.kernel == "ours"} == (set(TRITON_KERNELS) if available else set())
+    assert (rows["rg_lru"].kernel == "ours") == available
     assert rows["rg_lru"].reason == reason
+
+
+def test_the_kernels_of_the_table_are_there() -> None:
+    """Under their ops' names, but for some."""
+    functions = {"linear": "linear", "output_linear": "linear", "dequantize": "widen_int8"}
+    functions |= {"quantized_linear": "linear_int4", "quantized_linear_many": "linear_int8_many"}
+    for name, op in device.OPS.items():
+        if op.cpu is not None:
+            module = importlib.import_module(f"griffin.ops.{op.cpu.file}")
+            assert callable(getattr(module, functions.get(name, name)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from griffin import Griffin, GriffinError, Tokenizer
-from griffin.chat_template import GEMMA
-from griffin.infer.conversation import Conversation
+from griffin import Griffin, GriffinError, Tokenizer, state_file
+from griffin.infer.conversation import METADATA, Conversation
 from griffin.infer.generate import generate
+from griffin.tokenizer.chat_template import GEMMA
+from tests.fuzz import attack
 
 TURNS = ["Hello there!", "What is <end_of_turn> in the middle?", "And 東京?\n", "Bye"]
 OPTIONS: dict[str, Any] = {"temperature": 1.3, "max_tokens": 25, "stop_ids": range(5, 40)}
@@ -96,13 +98,69 @@ def test_what_belongs_to_others_is_not_loaded(model: Griffin, tokenizer: Tokeniz
     other = Tokenizer.train(["another text entirely, entirely"], 270)
     with pytest.raises(GriffinError, match="another tokenizer"):
         Conversation.load(tmp_path / "talk", model, other)
-    model.new_state(2).save(tmp_path / "state")
+    model.new_state(2).save(tmp_path / "state", model)
     with pytest.raises(GriffinError, match="2 rows and no conversation"):
         Conversation.load(tmp_path / "state", model, tokenizer)
     with torch.no_grad():
         model.embedding.add_(1)
     with pytest.raises(GriffinError, match="another model"):
         Conversation.load(tmp_path / "talk", model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(5, [], None, {}, "x"),
+        *({"tokenizer": 5}, {"tokenizer": None}, {"more": 1}, {"messages": 5}, {"messages": None}, {"messages": "abc"}),
+        *({"messages": {"a": 1}}, {"messages": [1, 2]}, {"messages": [{"role": "user"}]}, {"messages": [None]}),
+        *({"messages": [{"role": "user", "content": 1}]}, {"messages": [{"role": [], "content": ""}]}),
+        *({"messages": [{"role": "judge", "content": ""}]}, {"messages": [{"role": "user", "content": "", "x": ""}]}),
+        *({"unread": 5}, {"unread": None}, {"unread": "12"}, {"unread": ["1"]}, {"unread": [1.0]}, {"unread": [True]}),
+        *({"unread": [-1]}, {"unread": [270]}, {"unread": [10**30]}, {"unread": [[1]]}),
+    ],
+)
+def test_what_is_no_conversation_is_refused_in_one_line(
+    model: Griffin, tokenizer: Tokenizer, tmp_path: Path, content: object
+) -> None:
+    whole = {"messages": [{"role": "user", "content": "Hi"}], "unread": [3], "tokenizer": tokenizer.fingerprint()}
+    spoilt = {**whole, **content} if isinstance(content, dict) and content else content
+    for held, refused in ((whole, False), (spoilt, True)):
+        model.new_state(1).save(tmp_path / "talk", model, metadata={METADATA: json.dumps(held)})
+        if not refused:
+            assert Conversation.load(tmp_path / "talk", model, tokenizer).unread == [3]
+            continue
+        with pytest.raises(GriffinError, match=r"talk, conversation.*; use another copy") as caught:
+            Conversation.load(tmp_path / "talk", model, tokenizer)
+        assert len(str(caught.value).splitlines()) == 1
+    model.new_state(1).save(tmp_path / "talk", model, metadata={METADATA: "[" * 200_000})
+    with pytest.raises(GriffinError, match="nested more than 100 deep"):
+        Conversation.load(tmp_path / "talk", model, tokenizer)
+
+
+def test_its_file_is_read_once(
+    model: Griffin, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Conversation(model, tokenizer).save(tmp_path / "talk")
+    opened: list[object] = []
+    plain = state_file.open_tensors
+    monkeypatch.setattr(state_file, "open_tensors", lambda *args, **kw: opened.append(args) or plain(*args, **kw))
+    Conversation.load(tmp_path / "talk", model, tokenizer)
+    assert len(opened) == 1
+
+
+def test_a_fuzzer_finds_nothing(model: Griffin, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    conversation = Conversation(model, tokenizer)
+    say(conversation, TURNS[2], seed=1, max_tokens=5, stop_ids=())
+    assert conversation.unread
+    conversation.save(tmp_path / "talk")
+
+    def same(loaded: Conversation) -> bool:
+        mine, theirs = loaded.state.tensors(), conversation.state.tensors()
+        return (loaded.messages, loaded.unread) == (conversation.messages, conversation.unread) and all(
+            torch.equal(mine[name], theirs[name]) for name in theirs
+        )
+
+    attack([tmp_path / "talk"], lambda: Conversation.load(tmp_path / "talk", model, tokenizer), same, seconds=1)
 
 
 def test_a_closed_reply_counts_as_far_as_it_came(model: Griffin, tokenizer: Tokenizer) -> None:

@@ -99,7 +99,7 @@ def test_going_on_equals_never_having_stopped(
     for row, (long, short) in enumerate(zip(whole, first, strict=True)):
         assert long.tokens[: W + 2] == short.tokens
         assert len(short.unread) == 1
-        short.state.save(tmp_path / f"{row}.state")
+        short.state.save(tmp_path / f"{row}.state", model)
         loaded = State.load(tmp_path / f"{row}.state", model)
         for state in (short.state, loaded, short.state):  # twice: it is not changed
             rest = generate(model, tokenizer, [short.unread], state=state, max_tokens=W + 7, **greedy)[0]
@@ -267,7 +267,27 @@ def test_what_cannot_work_is_refused_at_once(model: Griffin, tokenizer: Tokenize
     refused("logprobs=260", logprobs=260)
     refused("2 rows for 3 prompts", ["a", "b", "c"], state=model.new_state(2))
     refused("another model", state=Griffin(replace(model.config, num_heads=2)).new_state(1))
+    refused("another model", state=Griffin(model.config).new_state(1))
     refused("no tokens", "", state=model.new_state(1))  # without BOS an empty text is nothing
     small = Griffin(replace(model.config, vocab_size=258))
     with pytest.raises(GriffinError, match="tokenizer has 259 ids and the model 258"):
         generate(small, tokenizer, "x")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_come_and_go_between_pieces(
+    make_lively: Callable[..., Griffin], tokenizer: Tokenizer, first: bool
+) -> None:
+    model = make_lively("transformer-tiny")
+    options: dict[str, Any] = {"max_tokens": [3, 9], "seed": 1, "ignore_eos": True, "repetition_penalty": 1.2}
+    wanted = generate(model, tokenizer, ["a", "bc"], **options)
+    with torch.inference_mode(first):
+        pieces = generate(model, tokenizer, ["a", "bc"], stream=True, **options)
+    tokens: list[list[int]] = [[], []]
+    for index in range(99):
+        with torch.inference_mode(first if index % 3 else not first):
+            piece = next(pieces, None)
+        if piece is None:
+            break
+        tokens[piece.row] += piece.tokens
+    assert tokens == [list(completion.tokens) for completion in wanted]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from griffin import Griffin, State
 from griffin.infer import step as module
 from griffin.infer.step import DecodeStep
-from griffin.ops import add
 from griffin.ops.cpu import library
 from griffin.ops.cpu.record import NotRecordableError, Program, recording
 from griffin.quantize import quantize
@@ -118,6 +117,64 @@ def test_changed_and_moved_parameters_are_seen(make_lively: MakeModel) -> None:
 
 
 @needs_kernels
+@torch.no_grad()
+def test_replaced_parameters_and_modules_are_seen(make_lively: MakeModel) -> None:
+    model, tokens = _model(make_lively, "float32"), torch.tensor([5])
+    state = _read(model, [4])
+    other, step = state.clone(), DecodeStep(model, state)
+
+    def bias() -> None:
+        model.model.layers[0].mlp_block.up_proj.bias = nn.Parameter(torch.randn(model.config.mlp_width))
+
+    def module() -> None:
+        layers = model.model.layers
+        layers[0].mlp_block, layers[1].mlp_block = layers[1].mlp_block, layers[0].mlp_block
+
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: model.load_state_dict(_model(make_lively, "float32", seed=5).state_dict(), assign=True),
+        bias,
+        module,
+        lambda: quantize(model, "int8"),
+    ]
+    before = _forward(model, tokens, other.clone())
+    for change in changes:
+        change()
+        for _ in range(2):
+            wanted = _forward(model, tokens, other)
+            assert torch.equal(step(tokens), wanted)
+        assert change is changes[0] or not torch.equal(wanted, before)
+        assert step.kept == "kernels"
+        before = wanted
+
+
+@needs_kernels
+@pytest.mark.parametrize("inside", [(True, False), (False, True)])
+def test_inference_mode_may_come_and_go(make_lively: MakeModel, inside: tuple[bool, bool]) -> None:
+    for preset in ("griffin-tiny", "transformer-tiny"):
+        model = _model(make_lively, "float32", preset)
+        state = _read(model, [4])
+        other, tokens = state.clone(), torch.tensor([5])
+        with torch.inference_mode(inside[0]), torch.no_grad():
+            step = DecodeStep(model, state)
+        for index in range(12):
+            with torch.inference_mode(inside[index % 2]), torch.no_grad():
+                assert torch.equal(step(tokens).add_(0), _forward(model, tokens, other))
+
+
+@needs_kernels
+def test_autocast_changes_nothing(make_lively: MakeModel) -> None:
+    model = _model(make_lively, "float32")
+    state = _read(model, [4])
+    other, step, tokens = state.clone(), DecodeStep(model, state), torch.tensor([5])
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = step(tokens)
+        assert torch.equal(found, _forward(model, tokens, other))
+    assert step.kept == "kernels"
+
+
+@needs_kernels
 def test_what_is_no_kernel_is_not_recorded_but_computed(make_lively: MakeModel) -> None:
     class Doubled(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -128,7 +185,7 @@ def test_what_is_no_kernel_is_not_recorded_but_computed(make_lively: MakeModel) 
             return 2 * self.inner(x)
 
     model = _model(make_lively, "float32")
-    last = model.model["layers"][-1]
+    last = model.model.layers[-1]
     last.mlp_block = Doubled(last.mlp_block)
     state = _read(model, [4])
     other, step = state.clone(), DecodeStep(model, state)
@@ -207,11 +264,11 @@ def test_wrong_tokens_change_nothing(model: Griffin) -> None:
 def test_a_program_reads_what_is_there_now() -> None:
     x, y = torch.ones(5), torch.ones(5)
     with recording() as calls:
-        z = add(add(x, y), y)
+        z = x + y + y
     program = Program(calls)
     del calls
     x.fill_(10)
     program.run()
     assert z.tolist() == [12] * 5
     with pytest.raises(NotRecordableError, match=r"aten\.mul"), recording():
-        add(x, y) * 2
+        (x + y) * 2

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin.ops import (
-    add,
-    assign_,
     block_diagonal_linear,
-    cast,
     dequantize,
     embed,
     next_positions_,
@@ -24,6 +21,7 @@ from griffin.ops import (
     soft_cap,
 )
 from griffin.ops.cpu import library
+from griffin.ops.cpu.record import NotRecordableError, Program, recording
 
 pytestmark = pytest.mark.skipif(not library.status()[0], reason=f"no kernels: {library.status()[1]}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,22 +55,46 @@ def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", SIZES)
-def test_add_cast_and_assign(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y, names = _unaligned(torch.randn(n).to(dtype)), torch.randn(2 * n).to(dtype)[::2], _calls(monkeypatch)
+def test_sums_and_copies_are_recorded_as_kernels(n: int, dtype: torch.dtype) -> None:
+    """PyTorch's own operations in a recording: the same values, and made again from what is there then."""
+    x, y = _unaligned(torch.randn(n).to(dtype)), torch.randn(2 * n).to(dtype)[::2].contiguous()
     x[0] = torch.inf
-    assert torch.equal(add(x, y), x + y)
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    assert torch.equal(cast(x, other), x.to(other))
-    assert cast(x, dtype) is x
     target = torch.full((n,), torch.nan, dtype=dtype)
-    assign_(target, y)
-    assert torch.equal(target, y)
+    with recording() as calls:
+        total, cast = x + y, x.to(other)
+        target.copy_(y)
+        assert x.to(dtype) is x
+    names = [call.function.__name__.removeprefix("griffin_").partition("_")[0] for call in calls]
     assert names == ["add", "convert", "copy"]
+    again = Program(calls)
+    for _ in range(2):
+        assert torch.equal(total, x + y)
+        assert torch.equal(cast, x.to(other))
+        assert torch.equal(target, y)
+        x.copy_(torch.randn(n))
+        y.copy_(torch.randn(n))
+        again.run()
+
+
+def test_what_no_kernel_does_is_refused_in_a_recording() -> None:
+    x = torch.randn(4)
+    refused = (
+        lambda: x + 1,
+        lambda: x + torch.randn(2, 4),
+        lambda: torch.add(x, x, alpha=2),
+        lambda: x + x.bfloat16(),
+        lambda: x.double(),
+        lambda: torch.empty(8)[::2].copy_(x),
+    )
+    for run in refused:
+        with pytest.raises(NotRecordableError), recording():
+            run()
 
 
 def test_casting_keeps_what_is_not_finite() -> None:
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -0.0])
-    torch.testing.assert_close(cast(x, torch.bfloat16), x.bfloat16(), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(library.converted(x, torch.bfloat16), x.bfloat16(), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", SIZES)

@@ -103,13 +103,16 @@ def test_layouts(path: str) -> None:
             return store[1:].view(t.shape)
 
         for change in (shift, lambda t: t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2]):
-            assert torch.equal(linear(change(x), change(w), change(b)), linear(x, w, b))
-            assert torch.equal(
-                quantized_linear(change(x), q, scale, change(b), 32), quantized_linear(x, q, scale, b, 32)
-            )
-            assert torch.equal(
-                quantized_linear(x, change(q), change(scale), b, 32), quantized_linear(x, q, scale, b, 32)
-            )
+            plain = quantized_linear(x, q, scale, b, 32)
+            for found, wanted in (
+                (linear(change(x), change(w), change(b)), linear(x, w, b)),
+                (quantized_linear(change(x), q, scale, change(b), 32), plain),
+                (quantized_linear(x, change(q), change(scale), b, 32), plain),
+            ):
+                if path == "torch":  # PyTorch's product: it promises no bits to other strides
+                    torch.testing.assert_close(found, wanted)
+                else:
+                    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from griffin import Griffin
-from griffin.ops import flash, local_attention
+from griffin.ops import attention as attention_op
+from griffin.ops import device, flash, local_attention
 from griffin.ops.cpu import library
 from griffin.ops.flash import Sequences, sequences
-from griffin.recompute import Recompute
+from griffin.train.parallel import Recompute, prepare_blocks
 from tests.ops import reference
 
 KERNELS = (flash._forward, flash._backward)  # not the stand-in
@@ -83,8 +85,10 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 @pytest.fixture
 def _for_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors go where CUDA's do."""
-    monkeypatch.setattr(flash, "applies", lambda device: True)
-    monkeypatch.setattr(flash, "serves", lambda q, k, v: True)
+    any_width = replace(device.FLASH, dtypes=frozenset({torch.float32, torch.float64}), multiple=1)
+    monkeypatch.setattr(attention_op, "by_sequences", lambda place: True)
+    monkeypatch.setattr(flash, "status", lambda place: (True, "a stand-in"))
+    monkeypatch.setitem(device.OPS, "local_attention", device.Op("", cpu=any_width))
 
 
 def inputs(
@@ -178,14 +182,14 @@ def test_shapes_are_few() -> None:
     assert len({(len(cut.queries), cut.longest_queries, cut.longest_keys) for cut in cuts}) <= 6
 
 
+@pytest.mark.usefixtures("_for_cpu")
 def test_no_rows() -> None:
     for inside in (True, False):
         cut = sequences(torch.zeros(0, 5, dtype=torch.int64), 3, inside=inside)
         assert not cut.queries.any()
         assert not cut.keys.any()
     q, k, v = inputs(0, 5, 3)
-    assert not flash.serves(q, k, v)
-    assert not flash.serves(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert local_attention(q, k, v, torch.zeros(0, 5, dtype=torch.int64), 4).shape == q.shape
 
 
 def test_strides_do_not_matter() -> None:
@@ -246,7 +250,7 @@ def test_a_model_cuts_once_for_all_its_layers(
     make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch, recompute: Recompute
 ) -> None:
     model, plain = make_model(), make_model()
-    model.recompute = recompute
+    prepare_blocks(model, recompute=recompute)
     layers = model.config.block_types.count("attention")
     ids, positions = torch.randint(0, 259, (2, 40)), rows(40, [(0, [7, 30]), (0, [])])
     called, cuts = Counted(forward), Counted(sequences)
@@ -261,7 +265,8 @@ def test_a_model_cuts_once_for_all_its_layers(
 
 def _by_definition(model: Griffin, ids: Tensor, positions: Tensor | None = None) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "applies", lambda device: False)
+        patch.setattr(attention_op, "by_sequences", lambda place: False)
+        patch.setitem(device.OPS, "local_attention", device.Op(""))
         return model(ids, positions=positions)  # type: ignore[no-any-return]
 
 
@@ -305,7 +310,7 @@ def test_a_model_compiles_into_one_graph(make_model: Callable[..., Griffin]) -> 
 
 
 def test_pytorch_still_has_these_ops() -> None:
-    """Fails where PyTorch renames what is called here: there, `flash._available` would quietly say no for ever."""
+    """Fails where PyTorch renames what is called here: there, `flash.status` would quietly say no for ever."""
     flash_forward = torch.ops.aten._flash_attention_forward.default._schema
     flash_backward = torch.ops.aten._flash_attention_backward.default._schema
     names = [argument.name for argument in flash_forward.arguments]
@@ -376,7 +381,7 @@ def test_flash_on_a_gpu(
     out = local_attention(*leaves, positions, window)
     wanted = [out, *torch.autograd.grad(out, leaves, flow.double())]
     leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
-    assert flash.serves(*leaves)
+    assert device.kernels("local_attention", *leaves, size=leaves[0].shape[-1]) is flash
     for cut in (None, sequences(positions.to(device), S)):
         out = local_attention(*leaves, positions.to(device), window, cut)
         for a, b in zip([out, *torch.autograd.grad(out, leaves, flow.to(device))], wanted, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from griffin.ops import causal_conv1d, linear_scan, rg_lru
+from griffin.ops import causal_conv1d, geglu, linear_scan, local_attention, rg_lru, rms_norm, rope, rope_table
+from griffin.ops.cpu import library
 from griffin.ops.scan import scan
 from tests.ops import reference
 
@@ -121,57 +124,6 @@ def test_sqrt_gradient_is_bounded_where_a_is_one() -> None:
     assert (grads[0] - grads[2]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bound", [None, 1000.0])
-def test_padding_changes_no_gradient(dtype: torch.dtype, bound: float | None) -> None:
-    """Tokens whose recurrent gate is closed: a is 1 to the last bit, where the slope of sqrt(1 - a^2) is infinite."""
-    x, gx, ga, p, h0 = (t.float() if t.dim() < 3 else t.to(dtype) for t in lru_inputs(2, 100, 5))
-    h0 = h0.to(torch.promote_types(dtype, torch.float32))
-    padding = torch.arange(100) >= torch.tensor([[70], [3]])
-    found = []
-    for T, closed in ((100, padding), (70, padding[:, :70])):
-        leaves = [t.clone().requires_grad_() for t in (x[:, :T], gx[:, :T], ga[:, :T], p, h0)]
-        gate = leaves[2].masked_fill(closed[..., None], -torch.inf)
-        y, _ = rg_lru(leaves[0], leaves[1], gate, leaves[3], leaves[4], max_sqrt_gradient=bound)
-        grads = torch.autograd.grad(y.masked_fill(closed[..., None], 0).square().sum(), leaves)
-        assert all(torch.isfinite(grad).all() for grad in grads)
-        found.append([grad[:, :70] if grad.dim() == 3 else grad for grad in grads])
-    for with_padding, without in zip(*found, strict=True):
-        assert_close(with_padding, without)
-
-
-@pytest.mark.parametrize("T", [1, 70, 200])
-@pytest.mark.parametrize("R", [5, 600])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nothing_from_before_a_reset_is_seen(bad: float, dtype: torch.dtype, R: int, T: int) -> None:
-    """Not even what is not a number: in the state or in an earlier document, and backward in a later one."""
-    x, gx, ga, p, h0 = (t.to(dtype) for t in lru_inputs(2, T, R))
-    h0, p = h0.to(torch.promote_types(dtype, torch.float32)), p.float()
-    start = torch.tensor([0, 2 * T // 3])  # of the document that counts, in each row; the rest of a row is spoiled
-    before = (torch.arange(T) < start[:, None])[..., None]
-    reset = torch.arange(T) == start[:, None]
-    results = []
-    for value in (bad, 0.0):
-        spoiled = [t.masked_fill(before, value) for t in (x, gx)]
-        leaves = [t.requires_grad_() for t in (*spoiled, ga.clone(), p.clone(), torch.full_like(h0, value))]
-        y, last = rg_lru(*leaves, reset)
-        counted = y.masked_fill(before, 0)
-        # p collects from all tokens of a row, and the spoiled ones give it NaN.
-        grads = torch.autograd.grad(counted.float().square().sum() + last.float().sum(), [*leaves[:3], leaves[4]])
-        results.append([counted, last, *(grad.masked_fill(before, 0) if grad.dim() == 3 else grad for grad in grads)])
-    for spoiled, clean in zip(*results, strict=True):
-        assert torch.isfinite(clean).all()
-        assert torch.equal(spoiled, clean)
-    # And no gradient of a spoiled document goes back through the start of it.
-    flow = torch.zeros_like(x).masked_fill(~before, bad)
-    leaves = [t.clone().requires_grad_() for t in (x, gx, ga, p, h0)]
-    grads = torch.autograd.grad(rg_lru(*leaves, reset)[0], leaves, flow)
-    for grad in grads[:3]:
-        assert (grad.masked_fill(~before, 0) == 0).all()
-    assert (grads[4] == 0).all()
-
-
 def test_a_closed_recurrent_gate_passes_the_state() -> None:
     x, gx, ga, p, h0 = (t.float() for t in lru_inputs(2, 9, 4))
     y, last = rg_lru(x, gx, torch.full_like(ga, -torch.inf), p, h0)
@@ -257,3 +209,58 @@ def test_errors_say_what_does_not_fit() -> None:
         rg_lru(x, x.bfloat16(), x, torch.zeros(4))
     with pytest.raises(ValueError, match="state is"):
         causal_conv1d(x, torch.zeros(4, 4), torch.zeros(4), torch.zeros(2, 2, 4))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gate_closed_by_padding_has_no_gradient_without_a_bound(dtype: torch.dtype, kernels: bool) -> None:
+    """There a = 1: the square root's derivative is unbounded, and what it is multiplied with is 0."""
+    x, p = torch.randn(1, 2, 3, dtype=dtype), torch.randn(3, dtype=dtype, requires_grad=True)
+    gate = torch.zeros(1, 2, 3, dtype=dtype)
+    gate[:, 1] = -torch.inf
+    with contextlib.nullcontext() if kernels else library.without_kernels():
+        y, _ = rg_lru(x, x, gate, p, max_sqrt_gradient=None)
+        (found,) = torch.autograd.grad(y[:, 0].sum(), p)
+        y, _ = rg_lru(x[:, :1], x[:, :1], gate[:, :1], p, max_sqrt_gradient=None)
+        (wanted,) = torch.autograd.grad(y.sum(), p)
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("place", ["h0", "x"])
+@pytest.mark.parametrize("T", [5, 200])
+def test_what_a_reset_forgets_may_be_nan(T: int, place: str, kernels: bool) -> None:
+    start = T - 3
+    x, h0, p = torch.randn(2, T, 3), torch.randn(2, 3), torch.randn(3)
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[0, start] = True
+    spoiled_x, spoiled_h0 = x.clone(), h0.clone()
+    (spoiled_h0 if place == "h0" else spoiled_x[:, 1]).fill_(torch.nan)
+    results = []
+    with contextlib.nullcontext() if kernels else library.without_kernels():
+        for given, state in ((spoiled_x, spoiled_h0), (x, h0)):
+            leaves = [t.clone().requires_grad_() for t in (given, given, given)]
+            y, last = rg_lru(*leaves, p, state, reset)
+            grads = torch.autograd.grad(y[0, start:].sum() + last[0].sum(), leaves)
+            results.append([y, last[:1], *(grad[0, start:] for grad in grads)])
+    found, wanted = results
+    assert found[0][1].isnan().any()
+    found[0], wanted[0] = found[0][0, start:], wanted[0][0, start:]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_second_derivatives_are_refused_not_dropped() -> None:
+    """A gradient penalty on a kernel's gradient would count for nothing."""
+    x, y = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(1, 4, 2, 8, requires_grad=True)
+    cos, sin = rope_table(torch.arange(4)[None], 8)
+    runs = (
+        lambda: rms_norm(x, torch.zeros(8), 1e-6),
+        lambda: geglu(x, y),
+        lambda: rope(x, cos, sin),
+        lambda: local_attention(x, y, y, torch.arange(4)[None], 2),
+        lambda: rg_lru(x[0], x[0], x[0], torch.zeros(8))[0],
+    )
+    for run in runs:
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(torch.autograd.grad(run().sum(), x, create_graph=True)[0].sum(), x)

@@ -36,7 +36,9 @@ def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: T
     _ring_write(keys.dtype, *inputs, keys, values, B, S, G * K)
 
 
-def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def local_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
+) -> tuple[Tensor, tuple[Tensor | int | None, ...]]:
     (B, _, H, K), G, out = queries.shape, keys.shape[2], empty_like(queries)
     blocks = _blocks(queries, keys, positions, window)
     scratch = _scratch(blocks, H)
@@ -47,17 +49,17 @@ def local_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
             torch.bmm(block.rows(queries[b], G), block.seen(k).mT, out=scores)
             _softmax_forward(torch.float32, scores, block.first, K**-0.5, *block.sizes(scores, H))
             block.put(out[b], torch.bmm(scores, block.seen(v)))
-    return out
+    return out, (queries, keys, values, positions, window)
 
 
 def local_attention_backward(
+    needed: tuple[bool, ...],
     dout: Tensor,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
     window: int | None,
-    needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute P = softmax(S) again, S = Q K^T / sqrt(K), and the gradients of the inputs `needed`.
 
@@ -65,7 +67,7 @@ def local_attention_backward(
     """
     (B, _, H, K), G = queries.shape, keys.shape[2]
     dq = empty_like(queries) if needed[0] else None
-    dk, dv = (keys.new_zeros(keys.shape, dtype=torch.float32) if need else None for need in needed[1:])
+    dk, dv = (keys.new_zeros(keys.shape, dtype=torch.float32) if need else None for need in needed[1:3])
     blocks = _blocks(queries, keys, positions, window)
     scratch, other = _scratch(blocks, H), _scratch(blocks, H)
     for b in range(B):

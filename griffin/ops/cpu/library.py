@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 ABI = 7  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
@@ -58,38 +57,6 @@ def offered(loaded: Loaded | None = None) -> tuple[str, ...]:
     """Which of INSTRUCTIONS this CPU and the build can run; none without a library."""
     loaded = loaded or _now()
     return INSTRUCTIONS[: INSTRUCTIONS.index(loaded.instructions) + 1] if loaded.library is not None else ()
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether a kernel may be called with these: as `plain` says, and of one dtype, fp32 or bf16.
-
-    fp64 is never served: there, PyTorch's operations are the reference.
-    """
-    dtype = tensors[0].dtype
-    return dtype in _TYPES and plain(*tensors) and all(t.dtype == dtype for t in tensors)
-
-
-def serves_each(*tensors: Tensor | None) -> bool:
-    """As `serves`, but each tensor may be of its own dtype, fp32 or bf16; None is no tensor."""
-    return plain(*tensors) and all(t is None or t.dtype in _TYPES for t in tensors)
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may read these: tensors in a CPU's memory, of any dtype, and a library to call; None is none.
-
-    Not tensors that only stand for others (fake ones, distributed ones). And nothing where PyTorch watches its own
-    operations to compile, trace, vectorise or differentiate them: of a kernel it would see nothing. There the
-    definitions are taken.
-    """
-    watched = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-    if watched or forward_ad._current_level >= 0 or _now().library is None:
-        return False
-    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
-
-
-def direct(*tensors: Tensor | None) -> bool:
-    """As `serves_each`, and nothing records a gradient or compiles: the dispatcher, 10 us a call, can be left out."""
-    return not torch.is_grad_enabled() and serves_each(*tensors)
 
 
 @contextmanager

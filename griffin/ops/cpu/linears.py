@@ -7,9 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from griffin.ops.cpu.library import Kernel, empty_like, fp32
+from griffin.ops.cpu.library import Kernel, converted, empty_like, fp32
 
-MOST_ROWS = 16  # rows of x up to which W is read once; beyond, a matrix product does more per byte
 MOST_INPUTS = 2**17  # sums of that many products of two 8-bit numbers fit 32 bits
 
 _KERNELS = {
@@ -41,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, T, R), weight (N, R / N, R / N), bias (N, R / N), both of one dtype."""
     y, (blocks, width) = empty_like(x), bias.shape
     kernel, rows = _GATES[weight.dtype], x.numel() // (blocks * width)
@@ -49,16 +48,18 @@ def gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    (N, K), O = x.shape, weight.shape[0]
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    x, (N, K), O = converted(x, dtype), x.shape, weight.shape[0]
     y = x.new_empty(N, O)
     scratch = _scratch(N, -(-K // BLOCK) * BLOCK, BLOCK)
     _int8(x.dtype, x.contiguous(), weight.contiguous(), scale.contiguous(), *_bias(bias), y, scratch, N, K, O)
     return y
 
 
-def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    (N, K), O = x.shape, weight.shape[0]
+def linear_int4(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype
+) -> Tensor:
+    x, (N, K), O = converted(x, dtype), x.shape, weight.shape[0]
     y = x.new_empty(N, O)
     scratch = _scratch(N, 2 * weight.shape[1], group)
     _int4(x.dtype, x.contiguous(), weight.contiguous(), scale.contiguous(), *_bias(bias), y, scratch, N, K, O, group)

@@ -26,15 +26,15 @@ _copy = Kernel("copy", "AA i")
 _soft_cap = Kernel("soft_cap", "FF i f")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Give y and 1 / sqrt(mean(x^2) + eps) of each row."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Give y, and for its gradient x, the weight and 1 / sqrt(mean(x^2) + eps) of each row."""
     w, D = fp32(weight), weight.shape[0]
     y, rstd = empty_like(x), w.new_empty(x.shape[:-1])
     _rms_norm_forward(x.dtype, x.contiguous(), w, y, rstd, rstd.numel(), D, eps)
-    return y, rstd
+    return y, (x, weight, rstd)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(needed: object, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     w, D, rows = fp32(weight), weight.shape[0], rstd.numel()
     dx, dweight = empty_like(x), empty_like(w)
     shares = w.new_empty((rows + _NORM_ROWS - 1) // _NORM_ROWS, D)  # scratch: each task's dweight
@@ -42,20 +42,28 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tu
     return dx, dweight.to(weight.dtype)
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     y = empty_like(gate)
     _geglu_forward(gate.dtype, gate.contiguous(), up.contiguous(), y, gate.numel())
-    return y
+    return y, (gate, up)
 
 
-def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def geglu_backward(needed: object, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = empty_like(gate), empty_like(up)
     inputs = (dy.contiguous(), gate.contiguous(), up.contiguous())
     _geglu_backward(gate.dtype, *inputs, dgate, dup, gate.numel())
     return dgate, dup
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return _turned(x, cos, sin, inverse=False), (cos, sin)
+
+
+def rope_backward(needed: object, dy: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    return (_turned(dy, cos, sin, inverse=True),)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
     y, (B, T, H, K) = empty_like(x), x.shape
     _rope(x.dtype, x.contiguous(), fp32(cos), fp32(sin), y, B * T, H, K, cos.shape[-1], inverse)
     return y
@@ -68,7 +76,7 @@ def rope_table(positions: Tensor, rope_width: int, base: float) -> tuple[Tensor,
     return cos, sin
 
 
-def next_positions(position: Tensor) -> tuple[Tensor, Tensor]:
+def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
     """Give positions = position (B, 1) and reset = positions == 0, and add one to position (B,) in place."""
     positions = torch.empty(len(position), 1, dtype=torch.int64, device="cpu")
     reset = torch.empty(len(position), 1, dtype=torch.bool, device="cpu")

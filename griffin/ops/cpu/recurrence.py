@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from griffin.ops.chunk import CHUNK
 from griffin.ops.cpu.library import Kernel, empty_like, fp32
 
-CHUNK = 64  # tokens between two kept states, as in griffin/ops/scan.py and csrc/rg_lru.cpp
-MAX_TAPS = 8  # of the convolution
 _SPAN = 64  # tokens of one task of the convolution, as in csrc/causal_conv1d.cpp
 
 _linear_scan_forward = Kernel("linear_scan_forward", "TTF TF iii i")

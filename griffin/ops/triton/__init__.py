@@ -1,4 +1,4 @@
 """Triton kernels: every file is one kernel or two, with the calls that launch them.
 
-Only `serve` may be imported where triton is not installed; the ops import the others when they are about to call them.
+None may be imported where triton is not installed; griffin/ops/device.py does when one is about to be called.
 """

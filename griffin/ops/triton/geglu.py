@@ -12,14 +12,14 @@ from griffin.ops.cpu.library import empty_like
 _BLOCK = 1024  # elements of a program, eight a thread; to be tuned on a device
 
 
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     y, n = empty_like(gate), gate.numel()
     with torch.cuda.device_of(gate):
         _geglu_forward[(triton.cdiv(n, _BLOCK),)](gate.contiguous(), up.contiguous(), y, n, BLOCK=_BLOCK, num_warps=4)
-    return y
+    return y, (gate, up)
 
 
-def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def geglu_backward(needed: object, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup, n = empty_like(gate), empty_like(up), gate.numel()
     inputs = (dy.contiguous(), gate.contiguous(), up.contiguous())
     with torch.cuda.device_of(gate):

@@ -13,19 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin.ops.scan import CHUNK
+from griffin.ops.chunk import CHUNK
 from griffin.ops.triton import tiles
 
 FORWARD_WARPS = 4
 BACKWARD_WARPS = 4
 
 
-def forward(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """y and h_last."""
     return _forward(x, a, h0)[:2]
 
 
-def backward(dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_scan_backward(
+    dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx = g, da_t = g_t h_{t-1}, dh0 = a_1 g_1. Nothing of h is kept: the chunks' states are computed once more."""
     span = tiles.span(*x.shape)
     chunk_states = _forward(x, a, h0)[2]

@@ -111,7 +111,7 @@ def _step_kernel(
     i = _gate(input_sums, input_bias, c, inside, dtype)
     r = _gate(recurrent_sums, recurrent_bias, c, inside, dtype)
     p = tl.load(recurrent_param + c, mask=inside, other=0).to(tl.float32)
-    a, v = _decay(-_C * r * _softplus(p)[None, :])
+    a, v = _decay(r * -_C * _softplus(p)[None, :])
     scale = tl.sqrt(v)
     if UNSCALED:
         scale = tl.where(starts[:, None], 1.0, scale)

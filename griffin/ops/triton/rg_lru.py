@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin.ops.scan import CHUNK
+from griffin.ops.chunk import CHUNK
 from griffin.ops.triton import tiles
 
 FORWARD_WARPS = 4
@@ -23,7 +23,7 @@ BACKWARD_WARPS = 8
 LEAST = 1e-20
 
 
-def forward(
+def rg_lru(
     x: Tensor,
     input_gate: Tensor,
     recurrent_gate: Tensor,
@@ -43,7 +43,7 @@ def forward(
     return y, h_last, chunk_states
 
 
-def backward(
+def rg_lru_backward(
     dy: Tensor,
     dh_last: Tensor,
     x: Tensor,
@@ -176,7 +176,7 @@ def _reverse_summary_kernel(
         _, a, _ = _decay(recurrent_gate, rate, at, live)
         a = tl.where(_starts(reset, row, t0, T, RESETS, BT), 0.0, a)
         dy_t = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
-        p, flow = tiles.extend(p, flow, a, a * dy_t, True, BT)
+        p, flow = tiles.extend(p, flow, a, tiles.decayed(a, dy_t), True, BT)
     at = (row * splits + split) * R + channels
     tl.store(product + at, p, mask=channels < R)
     tl.store(from_zero + at, flow, mask=channels < R)
@@ -210,13 +210,13 @@ def _backward_kernel(
         ix = i * x_t
         a, m = tl.where(starts, 0.0, decay), tl.where(starts & UNSCALED, 1.0, s)
         g = tiles.gradients(a, dy_t, carry)
-        carry = tiles.row_of(a * g, 0, BT)
+        carry = tiles.row_of(tiles.decayed(a, g), 0, BT)
         tl.store(dx + at, (g * m * i).to(dx.dtype.element_ty), mask=live)
         tl.store(d_input_gate + at, (g * m * ix * (1 - i)).to(dx.dtype.element_ty), mask=live)
         before = tiles.states_before(a, m * ix, h)
         # d s / d log a = -a^2 / s, where s is not 1 by rule
         slope = tl.where(starts & UNSCALED, 0.0, 2 * decay * decay / tl.maximum(2 * s, least))
-        dlog_a = g * (a * before - slope * ix)
+        dlog_a = g * (tiles.decayed(a, before) - slope * ix)
         tl.store(d_recurrent_gate + at, (rate * r * (1 - r) * dlog_a).to(dx.dtype.element_ty), mask=live)
         total += tl.sum(r * dlog_a, axis=0)  # r is 0 beyond the last token
     tl.store(shares + (row * splits + split) * R + channels, total, mask=exists)

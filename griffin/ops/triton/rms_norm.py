@@ -15,18 +15,18 @@ from griffin.ops.cpu.library import empty_like
 _PROGRAMS = 512  # at most, of a backward pass: each sums dweight over its rows; to be tuned on a device
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Give y and 1 / sqrt(mean(x^2) + eps) of each row."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Give y, and for its gradient x, the weight and 1 / sqrt(mean(x^2) + eps) of each row."""
     y, rstd, D = empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32), weight.shape[0]
     block = triton.next_power_of_2(D)
     with torch.cuda.device_of(x):
         _norm_forward[(rstd.numel(),)](
             x.contiguous(), weight.contiguous(), y, rstd, D, eps, BLOCK=block, num_warps=_warps(block)
         )
-    return y, rstd
+    return y, (x, weight, rstd)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(needed: object, dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dx, D, num_rows = empty_like(x), weight.shape[0], rstd.numel()
     block, rows = triton.next_power_of_2(D), max(1, triton.cdiv(num_rows, _PROGRAMS))
     shares = rstd.new_empty(triton.cdiv(num_rows, rows), D)  # each program's dweight

@@ -1,6 +1,9 @@
 """What the kernels over time share: their tiles, the recurrence inside one, and how time is split among programs.
 
-    h_t = a_t h_{t-1} + b_t
+    h_t = a_t h_{t-1} + b_t          at a reset: h_t = b_t
+
+At a reset a is 0, which hides what was before, NaN too: `decayed` says so wherever a state or its gradient is
+multiplied by an a or a product of them.
 
 A program has BD channels of one row of the batch and one span of time. It goes through the span in tiles (BT, BD) of
 CHUNK tokens, the state between them in registers. Rows beyond the last token must have a = 1 and b = 0: the state
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from griffin.ops.scan import CHUNK
+from griffin.ops.chunk import CHUNK
 
 # To be tuned on a device.
 BD = 32  # channels of a program: 64 bytes of bf16, whole bursts of the memory
@@ -67,22 +70,28 @@ def tile(row, t0, T, R, channels, BT: tl.constexpr):
 
 
 @triton.jit
+def decayed(a, h):
+    """a h, and 0 where a is: 0 * NaN is NaN."""
+    return tl.where(a == 0, 0.0, a * h)
+
+
+@triton.jit
 def after(a1, h1, a2, h2):
     """h -> a1 h + h1 and after it h -> a2 h + h2, as one such map."""
-    return a1 * a2, a2 * h1 + h2
+    return a1 * a2, decayed(a2, h1) + h2
 
 
 @triton.jit
 def states(a, b, h):
     """All states of a tile, h before its first row."""
     products, from_zero = tl.associative_scan((a, b), 0, after)
-    return from_zero + products * h[None, :]
+    return from_zero + decayed(products, h[None, :])
 
 
 @triton.jit
 def after_and_before(a1, h1, p1, q1, a2, h2, p2, q2):
     """As `after`, and beside each map h -> a h + h1 the one without its last step, h -> p h + q."""
-    return a1 * a2, a2 * h1 + h2, a1 * p2, p2 * h1 + q2
+    return a1 * a2, decayed(a2, h1) + h2, a1 * p2, decayed(p2, h1) + q2
 
 
 @triton.jit
@@ -90,14 +99,14 @@ def states_before(a, b, h):
     """As `states`, but each row has the state before it, h_{t-1}. To shift the rows by tl.gather costs far more."""
     steps = (a, b, tl.full(a.shape, 1.0, tl.float32), tl.zeros(a.shape, tl.float32))
     _, _, products, from_zero = tl.associative_scan(steps, 0, after_and_before)
-    return from_zero + products * h[None, :]
+    return from_zero + decayed(products, h[None, :])
 
 
 @triton.jit
 def after_its_decay(p1, g1, a1, p2, g2, a2):
     """flow -> p1 flow + g1, and from a1 times that -> p2 flow + g2, as one such map; a2 is for the next."""
     carried = p2 * a1
-    return carried * p1, g2 + carried * g1, a2
+    return carried * p1, g2 + decayed(carried, g1), a2
 
 
 @triton.jit
@@ -105,15 +114,15 @@ def gradients(a, dy, flow):
     """g_t = dy_t + a_{t+1} g_{t+1} up the rows of a tile, flow = a_{t+1} g_{t+1} after its last."""
     steps = (tl.full(a.shape, 1.0, tl.float32), dy, a)
     products, from_zero, _ = tl.associative_scan(steps, 0, after_its_decay, reverse=True)
-    return from_zero + products * flow[None, :]
+    return from_zero + decayed(products, flow[None, :])
 
 
 @triton.jit
-def extend(product, from_zero, a, b, reverse: tl.constexpr, BT: tl.constexpr):
-    """What a span does to a state, product h + from_zero, one tile further (reverse: one tile earlier)."""
+def extend(p, from_zero, a, b, reverse: tl.constexpr, BT: tl.constexpr):
+    """What a span does to a state, p h + from_zero, one tile further (reverse: one tile earlier)."""
     products, states_from_zero = tl.associative_scan((a, b), 0, after, reverse=reverse)
     last: tl.constexpr = 0 if reverse else BT - 1
-    return after(product, from_zero, row_of(products, last, BT), row_of(states_from_zero, last, BT))
+    return after(p, from_zero, row_of(products, last, BT), row_of(states_from_zero, last, BT))
 
 
 @triton.jit
@@ -122,7 +131,7 @@ def through(h, a, b, row, first, count, splits, R, channels, step: tl.constexpr)
     for n in range(count):
         at = (row * splits + first + n * step) * R + channels
         exists = channels < R
-        h = tl.load(a + at, mask=exists, other=1.0) * h + tl.load(b + at, mask=exists, other=0.0)
+        h = decayed(tl.load(a + at, mask=exists, other=1.0), h) + tl.load(b + at, mask=exists, other=0.0)
     return h
 
 

@@ -70,10 +70,10 @@ def launched(module: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from griffin.ops.triton import serve
+    from griffin.ops import device
 
     launches = compile_only()
-    with serve.serving_cpu():
+    with device.pretending_cuda():
         importlib.import_module(sys.argv[1]).launch_all()
     print(json.dumps(launches))
 

@@ -1,15 +1,27 @@
-"""Triton's interpreter, made fast enough for tests: its own associative_scan goes element by element."""
+"""Triton's interpreter, made fast enough for tests, and to work with any numpy."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from triton.runtime import interpreter
 from triton.runtime.interpreter import ScanOps
 
 
+def numbers_from_arrays_of_one() -> None:
+    """Let an array of one be a whole number, as Triton 3.7 does: 3.6 leaves it to int(), which numpy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def scan_by_rows() -> None:
-    """Replace it by one with the same order of sums that takes whole rows."""
+    """Replace associative_scan, which goes element by element, by one with the same order of sums for whole rows."""
 
     def generic_scan(self: Any, inputs: list[Any]) -> list[Any]:
         rows = [np.moveaxis(tensor.handle.data, self.axis, 0) for tensor in inputs]

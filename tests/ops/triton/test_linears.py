@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin import Griffin
-from griffin.ops import dequantize, embed, quantize_int4, quantize_int8, quantized_embed, quantized_linear
-from griffin.ops.triton import serve
+from griffin.ops import dequantize, device, embed, quantize_int4, quantize_int8, quantized_embed, quantized_linear
 from griffin.quantize import Quantization, quantize
 from tests.ops.triton.compiled import launched
 
@@ -18,7 +17,6 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 
 from griffin.ops.triton import linears
 
-# Triton's interpreter takes arrays of one for numbers.
 MakeModel = Callable[..., Griffin]
 GROUPS = [None, 32, 64, 128]
 # (rows, K, O): every count of rows with some odd K and O.
@@ -155,7 +153,7 @@ def test_a_model_decodes_as_by_plain_operations(
 
     found = decode()
     assert len(served) == 2 * 20  # 2 recurrent layers of 3 + 3 linears, 1 of attention with 4 + 3, and the logits
-    monkeypatch.setattr(serve, "_serving_cpu", False)
+    monkeypatch.setattr(device, "_pretends_cuda", False)
     expected = decode()
     assert len(served) == 2 * 20
     assert found.dtype == expected.dtype == torch.float32

@@ -96,13 +96,6 @@ def test_compiled_graphs_hold_the_definition(name: str) -> None:
     assert_near(compiled, [t.double() for t in plain], TOLERANCE[torch.float32])
 
 
-def test_ops_pass_opcheck() -> None:
-    checks = ("test_schema", "test_faketensor")
-    gate, up, weight = randn(5, 8).requires_grad_(), randn(5, 8).requires_grad_(), randn(8).requires_grad_()
-    torch.library.opcheck(torch.ops.griffin.geglu.default, (gate, up), test_utils=checks)
-    torch.library.opcheck(torch.ops.griffin.rms_norm.default, (gate, weight, 1e-6), test_utils=checks)
-
-
 @pytest.mark.slow
 def test_kernels_compile_without_spills() -> None:
     found = launched("tests.ops.triton.launch_pointwise")

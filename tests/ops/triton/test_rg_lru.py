@@ -127,6 +127,35 @@ def test_a_summary_is_what_time_does_to_any_state() -> None:
     assert (a[0, 0] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("span", [64, 256])
+@pytest.mark.parametrize("place", ["x", "input gate", "recurrent gate", "state"])
+def test_what_a_reset_forgets_may_be_nan(span: int, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so may the gradient of what comes after; without a reset neither is lost."""
+    monkeypatch.setattr(tiles, "span", lambda B, T, R: span)
+    T, start = 200, 70
+    inputs = inputs_in(FP32, 2, T, 3)
+    reset = resets(2, T, [])
+    reset[0, start] = True
+    spoiled = [t.clone() for t in inputs]
+    index = ["x", "input gate", "recurrent gate", "", "state"].index(place)
+    where = (slice(None), 0) if place == "state" else (slice(None), 20, 0)
+    spoiled[index][where] = torch.nan
+    (y, _, *grads), (wanted, _, *wanted_grads) = (ours(rg_lru, given, FP32, reset) for given in (spoiled, inputs))
+    assert torch.equal(y[0, start:], wanted[0, start:])
+    assert y[:, 20:start, 0].isnan().all()
+    assert y[1, start:, 0].isnan().all()
+    for grad, expected in zip(grads[:3], wanted_grads[:3], strict=True):
+        assert torch.equal(grad[0, start:], expected[0, start:])
+    flows = [torch.ones(2, T, 3), torch.zeros(2, 3)]
+    wanted = results(lambda *leaves: rg_lru(*leaves, reset), [t.float() for t in inputs], flows)[2:5]
+    flows[0][:, 150, 0] = torch.nan
+    found = results(lambda *leaves: rg_lru(*leaves, reset), [t.float() for t in inputs], flows)[2:5]
+    for grad, expected in zip(found, wanted, strict=True):
+        assert torch.equal(grad[0, :start], expected[0, :start])
+        assert grad[1, :150, 0].isnan().all()
+
+
 def test_no_digit_is_lost_near_a_of_zero_and_one() -> None:
     """Channel by channel, a from 1e-14 to 1 - 1e-17: there the factor of the input, sqrt(1 - a^2), is 1e-8."""
     x, gx, ga, _, _ = inputs_in(FP32, 1, 40, 7)

@@ -13,8 +13,9 @@ from tests.ops.triton.compiled import launched
 
 
 @pytest.mark.parametrize(("combine", "width"), [("after", 2), ("after_and_before", 4), ("after_its_decay", 3)])
-def test_any_order_of_combining_gives_the_same(combine: str, width: int) -> None:
+def test_any_order_of_combining_gives_the_same(combine: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter combines row after row; a GPU combines in a tree."""
+    monkeypatch.setattr(tiles, "decayed", lambda a, h: 0.0 if a == 0 else a * h)  # the same, of numbers
     function = getattr(tiles, combine).fn
     draw = random.Random(0)
     for _ in range(10):

@@ -15,9 +15,6 @@ namespace {
 constexpr int64_t CHUNK = 64;  // tokens between two kept states; CHUNK of griffin/ops/scan.py
 constexpr int64_t BLOCK = 256;  // channels of a task, at most: what the backward pass keeps of a chunk is 330 KB then
 constexpr float C = 8.0f;
-// The least divisor in the gradient of s: without a bound, where a is 1 to the last bit, it would be 0, and r = 0 times
-// what comes of that is NaN.
-constexpr float LEAST = 1e-20f;
 
 struct Gates {
   Vec r, i, a, s;
@@ -73,6 +70,9 @@ struct Kept {
   float r[CHUNK][BLOCK], i[CHUNK][BLOCK], a[CHUNK][BLOCK], s[CHUNK][BLOCK], before[CHUNK][BLOCK];
 };
 
+// The least divisor in the gradient of s, as in griffin/ops/rg_lru.py: without a bound it would be 0 in padding.
+constexpr float LEAST = 1e-18f;
+
 // With g_t = dy_t + a_{t+1} g_{t+1} and m the factor of i x:
 //     dx = g m i    d_input_gate = g m x i (1 - i)    d_recurrent_gate = rate r (1 - r) dlog_a
 //     dlog_a = g h_{t-1} a - 2 a^2 g i x / max(2 s, 1 / bound)    (a reset drops the first term, and if unscaled both)
@@ -85,7 +85,7 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
               T* d_input_gate, T* d_recurrent_gate, float* dp_rows, float* dp, float* dh0, Shape shape, float bound,
               bool unscaled) {
   const int64_t block = shape.channels(), blocks = pieces(shape.R, block), chunks = pieces(shape.T, CHUNK), R = shape.R;
-  const Vec one = splat(1.0f), least = max(splat(1.0f / bound), splat(LEAST));
+  const Vec one = splat(1.0f), least = max(splat(LEAST), splat(1.0f / bound));
   parallel(pool, shape.B * blocks, 2 * shape.T * block, [&](int64_t task) {
     const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
     float rate[BLOCK], h[BLOCK], flow[BLOCK], total[BLOCK] = {}, part[BLOCK];  // flow = a_{t+1} g_{t+1}
