@@ -318,7 +318,7 @@ class Griffin(nn.Module):
             ValueError: shapes, dtypes or values do not fit the model or the state (values are checked on a CPU only;
                 on a GPU that would wait for the device).
         """
-        span = span_of(self.config, tokens, state, positions, lengths)
+        span = span_of(self.config, tokens, state, positions, lengths, self.activation_dtype)
         if span.padding is not None:
             tokens = tokens.masked_fill(span.padding, 0)
         hidden = self.run(tokens, state, span)

@@ -24,17 +24,25 @@ class Span:
     reset: Tensor  # (B, T) bool, positions == 0, and False on padding
     lengths: Tensor | None  # (B,) tokens of each row that count, from the left; None: all T
     padding: Tensor | None  # (B, T) bool, True beyond lengths; None: nowhere
-    cos: Tensor  # (B, T, rope_width / 2) fp32
-    sin: Tensor  # (B, T, rope_width / 2) fp32
+    cos: Tensor  # (B, T, rope_width / 2) fp32, fp64 for activations in fp64
+    sin: Tensor  # likewise
     earlier: int  # tokens before the call that some query may see
     longest: int  # State.longest after the call
     documents: Plan | None = None  # what local_attention asks once for all layers
 
 
 def span_of(
-    config: GriffinConfig, tokens: Tensor, state: State | None, positions: Tensor | None, lengths: Tensor | None
+    config: GriffinConfig,
+    tokens: Tensor,
+    state: State | None,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    dtype: torch.dtype,
 ) -> Span:
-    """Check the arguments of `Griffin.forward` before anything is written, and derive what the layers share."""
+    """Check the arguments of `Griffin.forward` before anything is written, and derive what the layers share.
+
+    `dtype` is that of the activations.
+    """
     if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}; it must be (B, T>0) int64 or int32")
     B, T = tokens.shape
@@ -65,7 +73,7 @@ def span_of(
     reset = positions == 0
     if padding is not None:
         reset = reset & ~padding
-    cos, sin = rope_table(positions, config.rope_width, config.rope_base)
+    cos, sin = rope_table(positions, config.rope_width, config.rope_base, torch.promote_types(dtype, torch.float32))
     earlier = longest = 0
     if state is not None:
         earlier = state.longest if config.window is None else min(state.longest, config.window)
@@ -109,14 +117,14 @@ def _check_gradients(state: State) -> None:
             raise ValueError(f"state.{name} requires a gradient and is overwritten in place: detach it{other}")
 
 
-def next_span_(config: GriffinConfig, state: State) -> Span:
+def next_span_(config: GriffinConfig, state: State, dtype: torch.dtype) -> Span:
     """Give the span of one more token for each row, and let state.position stand after it: all in kernels on a CPU.
 
     What the host counts, state.longest and the slots of global attention, is the caller's to advance.
     """
     start = state.position
     positions, reset = next_positions_(start)
-    cos, sin = rope_table(positions, config.rope_width, config.rope_base)
+    cos, sin = rope_table(positions, config.rope_width, config.rope_base, torch.promote_types(dtype, torch.float32))
     return Span(start, positions, reset, None, None, cos, sin, earlier=0, longest=state.longest)
 
 

@@ -653,3 +653,16 @@ def test_compiled_blocks_give_the_same_gradients(preset: str, activations: torch
     assert counters["stats"]["unique_graphs"] == len(set(PRESETS[preset].block_types))
     for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logits_of_a_single_row_have_a_gradient(make_model: MakeModel, dtype: torch.dtype) -> None:
+    model, grads = make_model(dtype=dtype), []
+    row = torch.randn(model.config.width).to(dtype)
+    for hidden in (row, row[None], row[None, None]):
+        leaf = hidden.clone().requires_grad_()
+        logits = model.logits(leaf)
+        assert logits.shape == (*hidden.shape[:-1], model.config.vocab_size)
+        grads += torch.autograd.grad(logits.square().sum(), [leaf, model.embedding])
+    for one, other in zip(grads, grads[2:], strict=False):
+        assert_close(one.flatten(), other.flatten())

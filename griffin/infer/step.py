@@ -96,7 +96,8 @@ class DecodeStep:
 
     def _step(self) -> Tensor:
         """Run the forward for `_tokens`, but for what the host counts."""
-        hidden = self.model.run(self._tokens, self.state, next_span_(self.model.config, self.state))
+        span = next_span_(self.model.config, self.state, self.model.activation_dtype)
+        hidden = self.model.run(self._tokens, self.state, span)
         return self.model.logits(hidden[:, -1])
 
     def _capture(self) -> None:

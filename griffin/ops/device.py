@@ -140,6 +140,17 @@ def plain(*values: object) -> bool:
     return all(type(value) in _PLAIN for value in values if isinstance(value, Tensor))
 
 
+def has_tangent(*values: object) -> bool:
+    """Whether PyTorch differentiates these forward: an operation with a gradient of its own would lose that."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        return any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    dual = forward_ad._current_level >= 0
+    return dual and any(forward_ad.unpack_dual(v).tangent is not None for v in values if isinstance(v, Tensor))
+
+
 def stands_for_others(tensor: Tensor) -> bool:
     """Whether it is a fake or distributed one: PyTorch's own operations know what to do with it."""
     return type(tensor) not in _PLAIN
@@ -150,9 +161,11 @@ def _is_traced() -> bool:
 
     Of a kernel it would see nothing.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
-    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY):
+        return True  # make_fx
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def own_dtypes(device: torch.device) -> AbstractContextManager[object]:

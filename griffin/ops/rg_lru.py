@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from griffin.ops import device
 from griffin.ops.chunk import CHUNK
 from griffin.ops.op import opaque
-from griffin.ops.scan import initial_state, reverse_scan, scan
+from griffin.ops.scan import forgotten, initial_state, reverse_scan, scan, steps
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
 # The least divisor in the gradient of the square root. Without a bound, where a = 1 (padding), it would be 0, and the 0
@@ -110,13 +110,12 @@ def _rg_lru_backward(
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
     ix = i * x_
-    g = reverse_scan(a, dy.to(dtype), dh_last)
+    starts = None if reset is None else reset[..., None]
+    g = reverse_scan(a, dy.to(dtype), dh_last, starts)
     gx = g * scale
     dx = gx * i
     d_input_gate = gx * ix * (1 - i)
-    dlog_a = g * a * _earlier_states(a, scale * ix, chunk_states)
-    if reset is not None:
-        dlog_a.masked_fill_(reset[..., None], 0.0)  # what is forgotten may be NaN
+    dlog_a = forgotten(g * a * _earlier_states(a, scale * ix, chunk_states, starts), starts)
     through_scale = g * ix * (1 - v) / (4 * v).clamp_min_(max(max_sqrt_gradient**-2, LEAST**2)).sqrt_()
     if reset is not None and unscaled_first_token:
         through_scale.masked_fill_(reset[..., None], 0.0)
@@ -129,7 +128,7 @@ def _rg_lru_backward(
         d_input_gate.to(x.dtype),
         d_recurrent_gate.to(x.dtype),
         dp.to(recurrent_param.dtype),
-        torch.where(a[:, 0] == 0, 0, a[:, 0] * g[:, 0]),
+        forgotten(a[:, 0] * g[:, 0], None if starts is None else starts[:, 0]),
     )
 
 
@@ -169,7 +168,7 @@ def _rg_lru(
         return kernels.rg_lru(*inputs, reset, unscaled_first_token)  # type: ignore[no-any-return]
     b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
     _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
-    h = scan(a, b.mul_(scale), h0)
+    h = scan(a, b.mul_(scale), h0, None if reset is None else reset[..., None])
     chunk_states = torch.cat([h0[:, None], h[:, CHUNK - 1 : -1 : CHUNK]], dim=1)
     return h.to(x.dtype), h[:, -1].clone(), chunk_states
 
@@ -194,17 +193,22 @@ def _decay(
     return r, a, v, scale
 
 
-def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor) -> Tensor:
+def _earlier_states(a: Tensor, b: Tensor, chunk_states: Tensor, starts: Tensor | None) -> Tensor:
     """Give h_{t-1} for every t, each chunk from its own first state."""
     T = a.shape[1]
     chunks = T // CHUNK
     whole = chunks * CHUNK
     before = torch.empty_like(b)
     # All whole chunks side by side, (B, chunks, CHUNK, R), then what is left of T.
-    side_by_side = [t[:, :whole].unflatten(1, (chunks, CHUNK)) for t in (a, b, before)] if chunks else []
-    rest = [t[:, whole:] for t in (a, b, before)] if whole < T else []
-    for tensors, h in ((side_by_side, chunk_states[:, :chunks]), (rest, chunk_states[:, -1])):
-        for a_t, b_t, before_t in zip(*(t.unbind(-2) for t in tensors), strict=True):
+    for first, last, h in ((0, whole, chunk_states[:, :chunks]), (whole, T, chunk_states[:, -1])):
+        if first == last:
+            continue
+        tensors, some = [t[:, first:last] for t in (a, b, before)], None if starts is None else starts[:, first:last]
+        if h.dim() == 3:
+            tensors = [t.unflatten(1, (chunks, CHUNK)) for t in tensors]
+            some = None if some is None else some.unflatten(1, (chunks, CHUNK))
+        each = zip(*(t.unbind(-2) for t in tensors), steps(some, tensors[0].shape[-2]), strict=True)
+        for a_t, b_t, before_t, starts_t in each:
             before_t.copy_(h)
-            h = torch.addcmul(b_t, a_t, torch.where(a_t == 0, 0, h))
+            h = torch.addcmul(b_t, a_t, forgotten(h, starts_t))
     return before

@@ -10,7 +10,9 @@ from griffin.ops.cpu.library import check_whole
 from griffin.ops.op import differentiable
 
 
-def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, rope_width: int, base: float = 10_000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Compute cos and sin of p * base^(-2i / rope_width), i = 0 .. rope_width/2 - 1.
 
     Angles are formed in fp64: in fp32 they are off by 0.004 radians at position 100,000, and a state can live longer.
@@ -19,19 +21,20 @@ def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tu
         positions: (B, T) whole numbers, offset of each token in its document.
         rope_width: channels that are rotated, even.
         base: wavelength base.
+        dtype: of the table: fp32, or fp64 for activations in fp64.
 
     Returns:
-        cos, sin: (B, T, rope_width / 2) fp32.
+        cos, sin: (B, T, rope_width / 2) in dtype.
 
     Raises:
         ValueError: positions are not whole numbers.
     """
     check_whole(positions)
-    if (kernels := device.kernels("rope_table", positions)) is not None:
+    if dtype == torch.float32 and (kernels := device.kernels("rope_table", positions)) is not None:
         return kernels.rope_table(positions, rope_width, base)  # type: ignore[no-any-return]
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, T, H, K), queries or keys; bf16, fp16, fp32 or fp64.
-        cos, sin: (B, T, n) fp32 from `rope_table`, 2n <= K.
+        cos, sin: (B, T, n) from `rope_table`, 2n <= K.
 
     Returns:
         (B, T, H, K) in x.dtype; products are in fp32 (fp64 for fp64).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def linear_scan(x: Tensor, a: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
 
     Args:
         x: (B, T, R) bf16, fp16, fp32 or fp64, the whole input term.
-        a: (B, T, R) in x.dtype, the decay in [0, 1]; a_t = 0 forgets the past.
+        a: (B, T, R) in x.dtype, the decay in [0, 1]; a_t = 0 forgets the past, if it is finite.
         h0: (B, R) fp32 (fp64 if x is), the state before the first token; None means zeros.
 
     Returns:
@@ -90,62 +92,74 @@ def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     return h.to(x.dtype), h[:, -1].clone()
 
 
-def scan(a: Tensor, b: Tensor, h0: Tensor, *, wide: int = _WIDE) -> Tensor:
+def scan(a: Tensor, b: Tensor, h0: Tensor, starts: Tensor | None = None, *, wide: int = _WIDE) -> Tensor:
     """Give h with h_t = a_t h_{t-1} + b_t: (B, T, R), all arguments of one dtype, no gradient.
 
-    An a_t of 0 forgets the past, NaN and infinity too. `wide` is the number B * R from which the loop over time is
-    taken as it stands; below it, whole chunks run side by side from zero and are then corrected by (product of a) *
-    (state before the chunk). Both take linear time.
+    Args:
+        starts: (B, T, 1) bool, where a document starts and a_t is 0: there h_t = b_t even if h_{t-1} is NaN or
+            infinite, which 0 times it would not forget. None is nowhere.
+        wide: the number B * R from which the loop over time is taken as it stands; below it, whole chunks run side by
+            side from zero and are then corrected by (product of a) * (state before the chunk). Both take linear time.
     """
-    h = _scan(a, b, h0, wide)
-    if not h.isfinite().all() and (a == 0).any():
-        _loop(a, b, h0, h, forgets=True)
-    return h
-
-
-def _scan(a: Tensor, b: Tensor, h0: Tensor, wide: int) -> Tensor:
     B, T, R = b.shape
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
     chunks = T // CHUNK
     if chunks < 2 or (wide <= B * R and not b.is_cuda):
-        _loop(a, b, h0, h)
+        _loop(a, b, h0, h, starts)
         return h
     whole = chunks * CHUNK
     a_chunks, b_chunks, h_chunks = (t[:, :whole].unflatten(1, (chunks, CHUNK)) for t in (a, b, h))
-    _loop(a_chunks, b_chunks, h0.new_zeros(B, chunks, R), h_chunks)
+    started = None if starts is None else starts[:, :whole].unflatten(1, (chunks, CHUNK))
+    _loop(a_chunks, b_chunks, h0.new_zeros(B, chunks, R), h_chunks, started)
     decay = a_chunks.cumprod(dim=2)
     before = h0.new_empty(B, chunks, R)
-    _loop(decay[:, :, -1], h_chunks[:, :, -1].clone(), h0, after := torch.empty_like(before))
+    started = None if started is None else started.cumsum(dim=2) > 0  # at the token or before it in its chunk
+    some = None if started is None else started[:, :, -1]
+    _loop(decay[:, :, -1], h_chunks[:, :, -1].clone(), h0, after := torch.empty_like(before), some)
     before[:, 0], before[:, 1:] = h0, after[:, :-1]
-    h_chunks.addcmul_(decay, before[:, :, None])
+    h_chunks.addcmul_(decay, forgotten(before[:, :, None], started))
     if whole < T:
-        _loop(a[:, whole:], b[:, whole:], h[:, whole - 1], h[:, whole:])
+        _loop(a[:, whole:], b[:, whole:], h[:, whole - 1], h[:, whole:], None if starts is None else starts[:, whole:])
     return h
 
 
-def reverse_scan(a: Tensor, dy: Tensor, dh_last: Tensor, *, wide: int = _WIDE) -> Tensor:
-    """Give g with g_t = dy_t + a_{t+1} g_{t+1} and g_T = dy_T + dh_last: the gradient of the loss in h_t."""
+def reverse_scan(a: Tensor, dy: Tensor, dh_last: Tensor, starts: Tensor | None = None, *, wide: int = _WIDE) -> Tensor:
+    """Give g with g_t = dy_t + a_{t+1} g_{t+1} and g_T = dy_T + dh_last: the gradient of the loss in h_t.
+
+    `starts` as `scan` takes them: no gradient goes back through one, even one that is NaN.
+    """
     B, T, R = dy.shape
     if wide > B * R or dy.is_cuda:
         shifted = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], dim=1)
-        return scan(shifted.flip(1), dy.flip(1), dh_last, wide=wide).flip(1)
+        if starts is not None:
+            starts = torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], dim=1).flip(1)
+        return scan(shifted.flip(1), dy.flip(1), dh_last, starts, wide=wide).flip(1)
     g = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    a_steps, dy_steps, g_steps = a.unbind(1), dy.unbind(1), g.unbind(1)
+    a_steps, dy_steps, g_steps, starting = a.unbind(1), dy.unbind(1), g.unbind(1), steps(starts, T)
     torch.add(dy_steps[-1], dh_last, out=g_steps[-1])
     for t in reversed(range(T - 1)):
-        torch.addcmul(dy_steps[t], a_steps[t + 1], g_steps[t + 1], out=g_steps[t])
-    if not g.isfinite().all() and (a == 0).any():
-        for t in reversed(range(T - 1)):
-            g_steps[t].copy_(dy_steps[t] + torch.where(a_steps[t + 1] == 0, 0, a_steps[t + 1] * g_steps[t + 1]))
+        torch.addcmul(dy_steps[t], a_steps[t + 1], forgotten(g_steps[t + 1], starting[t + 1]), out=g_steps[t])
     return g
 
 
-def _loop(a: Tensor, b: Tensor, h: Tensor, out: Tensor, *, forgets: bool = False) -> None:
-    """Write the definition into `out`: time is the last axis but one, h the state before it.
+def steps(starts: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """Split (..., T, 1) by token; None where no row starts a document. A GPU is not asked: that would wait for it."""
+    if starts is None:
+        return [None] * count
+    each = starts.unbind(-2)
+    if starts.is_cuda:
+        return each
+    hits = starts.flatten(0, -3).any(dim=0)[:, 0].tolist()
+    return [step if hit else None for step, hit in zip(each, hits, strict=True)]
 
-    With `forgets`, an a_t of 0 also hides an h that is not finite: 0 * NaN is NaN.
-    """
-    for a_t, b_t, out_t in zip(a.unbind(-2), b.unbind(-2), out.unbind(-2), strict=True):
-        if forgets:
-            h = torch.where(a_t == 0, 0, h)
-        h = torch.addcmul(b_t, a_t, h, out=out_t)
+
+def forgotten(h: Tensor, starts: Tensor | None) -> Tensor:
+    """Give h, zero where a document starts."""
+    return h if starts is None else h.masked_fill(starts, 0)
+
+
+def _loop(a: Tensor, b: Tensor, h: Tensor, out: Tensor, starts: Tensor | None) -> None:
+    """Write the definition into `out`: time is the last axis but one, h the state before it."""
+    each = zip(a.unbind(-2), b.unbind(-2), out.unbind(-2), steps(starts, a.shape[-2]), strict=True)
+    for a_t, b_t, out_t, starts_t in each:
+        h = torch.addcmul(b_t, a_t, forgotten(h, starts_t), out=out_t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from griffin import Griffin
 from griffin.ops import attention as module
 from griffin.ops import block_diagonal_linear, local_attention, output_linear, ring_attention, rope, rope_table
+from griffin.span import next_span_, span_of
 from tests.ops import reference
 
 
@@ -114,3 +117,40 @@ def test_errors_say_what_does_not_fit() -> None:
         local_attention(q, k[:, :, :1], k[:, :, :1], torch.arange(4)[None], 0)
     with pytest.raises(ValueError, match="12 channels"):
         block_diagonal_linear(torch.randn(1, 1, 12), torch.randn(2, 4, 4), torch.randn(2, 4))
+
+
+def test_the_table_of_an_fp64_model_is_in_fp64(make_model: Callable[..., Griffin]) -> None:
+    """Its cos and sin were once rounded to fp32, which moved the reference's logits by 1e-7."""
+    positions = torch.tensor([[0, 1, 999_999]])
+    cos, sin = rope_table(positions, 8, dtype=torch.float64)
+    for i, p in enumerate(positions[0].tolist()):
+        for j in range(4):
+            angle = p * 10_000.0 ** (-j / 4)
+            assert abs(cos[0, i, j].item() - math.cos(angle)) < 1e-9
+            assert abs(sin[0, i, j].item() - math.sin(angle)) < 1e-9
+    assert (cos[0, 1] - cos[0, 1].float()).abs().max() > 1e-9  # so the rounding shows
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        wanted = torch.promote_types(dtype, torch.float32)
+        model = make_model(dtype=dtype)
+        state, tokens = model.new_state(1), torch.ones(1, 3, dtype=torch.int64)
+        for span in (
+            span_of(model.config, tokens, None, None, None, model.activation_dtype),
+            span_of(model.config, tokens, state, None, None, model.activation_dtype),
+            next_span_(model.config, state, model.activation_dtype),
+        ):
+            assert span.cos.dtype == span.sin.dtype == wanted
+
+
+def test_an_fp64_model_rotates_by_exact_angles(
+    make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = make_model(dtype=torch.float64), torch.arange(20)[None]
+    found = model(tokens)
+
+    def exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        n = cos.shape[-1]
+        angles = torch.arange(20).double()[:, None] * 10_000.0 ** -(torch.arange(n).double() / n)
+        return rope(x, angles.cos()[None], angles.sin()[None])
+
+    monkeypatch.setattr("griffin.model.rope", exact)
+    assert_close(found, model(tokens), rtol=0, atol=1e-12)

@@ -347,6 +347,22 @@ def test_status_and_versions_agree() -> None:
             pass
 
 
+def test_two_threads_leave_in_the_order_they_came() -> None:
+    """Each `with` takes away its own: the last to leave does not put back what the first had asked for."""
+    before = library.status()
+    with serving("native"):
+        inside = library.status()
+        first, second = library.using("portable"), library.without_kernels()
+        first.__enter__()
+        second.__enter__()
+        assert not library.status()[0]
+        first.__exit__(None, None, None)
+        assert not library.status()[0]
+        second.__exit__(None, None, None)
+        assert library.status() == inside
+    assert library.status() == before
+
+
 def test_importing_loads_no_library() -> None:
     code = (
         "import griffin, griffin.ops.cpu.library as l; assert l.load.cache_info().currsize == 0;"

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import griffin
 from griffin.config import PRESETS
 from griffin.model import Griffin
-from griffin.ops import rms_norm, rope_table
+from griffin.ops import causal_conv1d, geglu, linear, linear_scan, rg_lru, rms_norm, rope_table
 
 SCRIPT = """
 import torch, griffin
@@ -25,7 +27,9 @@ from griffin.quantize import quantize
 make = lambda: Griffin(PRESETS["griffin-tiny"], generator=torch.Generator().manual_seed(0)).eval()
 ids = torch.arange(3, 400)[None] % 259
 def run():
-    results = []
+    trained = make()
+    trained(ids).float().square().sum().backward()
+    results = [parameter.grad for parameter in trained.parameters()]
     for form in (None, "int8", "int4"):
         model = make() if form is None else quantize(make(), form)
         with torch.no_grad():
@@ -47,6 +51,7 @@ AROUND = {
     "float16": "torch.set_default_dtype(torch.float16)\nif True:",
     "float64": "torch.set_default_dtype(torch.float64)\nif True:",
     "device": "ids = ids.clone()\nwith torch.device('meta'):",
+    "default device": "torch.set_default_device('meta')\nif True:",
 }
 
 
@@ -54,7 +59,7 @@ AROUND = {
 def test_no_default_changes_a_result(what: str) -> None:
     """In a process of its own, which ends where memory is overrun."""
     script = SCRIPT.replace("AROUND", AROUND[what])
-    if what == "device":  # models are made on the default device, as PyTorch does
+    if "device" in what:  # models are made on the default device, as PyTorch does
         script = script.replace("manual_seed(0))", 'manual_seed(0), device="cpu")')
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -86,6 +91,37 @@ def test_what_is_traced_takes_the_definition() -> None:
         traced = torch.jit.trace(lambda x: rms_norm(x, weight, 1e-6), (x,), check_trace=False)
         other = torch.randn(5, 8)
         torch.testing.assert_close(traced(other), rms_norm(other, weight, 1e-6))
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_make_fx_takes_the_definition(records: bool) -> None:
+    x, weight = torch.randn(3, 8), torch.zeros(8)
+    with torch.set_grad_enabled(records):
+        traced = make_fx(lambda x: rms_norm(geglu(x, x), weight, 1e-6))(x)
+        other = torch.randn(3, 8)
+        torch.testing.assert_close(traced(other), rms_norm(geglu(other, other), weight, 1e-6))
+
+
+OPAQUE = {
+    "rg_lru": lambda x: rg_lru(x, x, x, torch.zeros(8))[0],
+    "causal_conv1d": lambda x: causal_conv1d(x, torch.ones(8, 4), torch.zeros(8))[0],
+    "linear_scan": lambda x: linear_scan(x, x)[0],
+    "linear": lambda x: linear(x, torch.ones(3, 8).bfloat16()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("records", [True, False])
+@pytest.mark.parametrize("name", list(OPAQUE))
+def test_no_tangent_is_lost(name: str, records: bool) -> None:
+    """PyTorch drops it at an operation with a gradient of its own: jvp then gives zeros."""
+    x, run = torch.randn(1, 3, 8), OPAQUE[name]
+    with torch.set_grad_enabled(records), forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=name):
+            run(forward_ad.make_dual(x, x))
+        assert torch.equal(run(x), run(x.clone()))  # nothing to lose
+    with torch.set_grad_enabled(records), pytest.raises(NotImplementedError, match=name):
+        torch.func.jvp(run, (x,), (x,))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # what PyTorch does for it

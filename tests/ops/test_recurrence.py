@@ -124,6 +124,57 @@ def test_sqrt_gradient_is_bounded_where_a_is_one() -> None:
     assert (grads[0] - grads[2]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bound", [None, 1000.0])
+def test_padding_changes_no_gradient(dtype: torch.dtype, bound: float | None) -> None:
+    """Tokens whose recurrent gate is closed: a is 1 to the last bit, where the slope of sqrt(1 - a^2) is infinite."""
+    x, gx, ga, p, h0 = (t.float() if t.dim() < 3 else t.to(dtype) for t in lru_inputs(2, 100, 5))
+    h0 = h0.to(torch.promote_types(dtype, torch.float32))
+    padding = torch.arange(100) >= torch.tensor([[70], [3]])
+    found = []
+    for T, closed in ((100, padding), (70, padding[:, :70])):
+        leaves = [t.clone().requires_grad_() for t in (x[:, :T], gx[:, :T], ga[:, :T], p, h0)]
+        gate = leaves[2].masked_fill(closed[..., None], -torch.inf)
+        y, _ = rg_lru(leaves[0], leaves[1], gate, leaves[3], leaves[4], max_sqrt_gradient=bound)
+        grads = torch.autograd.grad(y.masked_fill(closed[..., None], 0).square().sum(), leaves)
+        assert all(torch.isfinite(grad).all() for grad in grads)
+        found.append([grad[:, :70] if grad.dim() == 3 else grad for grad in grads])
+    for with_padding, without in zip(*found, strict=True):
+        assert_close(with_padding, without)
+
+
+@pytest.mark.parametrize("T", [1, 70, 200])
+@pytest.mark.parametrize("R", [5, 600])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nothing_from_before_a_reset_is_seen(bad: float, dtype: torch.dtype, R: int, T: int) -> None:
+    """Not even what is not a number: in the state or in an earlier document, and backward in a later one."""
+    x, gx, ga, p, h0 = (t.to(dtype) for t in lru_inputs(2, T, R))
+    h0, p = h0.to(torch.promote_types(dtype, torch.float32)), p.float()
+    start = torch.tensor([0, 2 * T // 3])  # of the document that counts, in each row; the rest of a row is spoiled
+    before = (torch.arange(T) < start[:, None])[..., None]
+    reset = torch.arange(T) == start[:, None]
+    results = []
+    for value in (bad, 0.0):
+        spoiled = [t.masked_fill(before, value) for t in (x, gx)]
+        leaves = [t.requires_grad_() for t in (*spoiled, ga.clone(), p.clone(), torch.full_like(h0, value))]
+        y, last = rg_lru(*leaves, reset)
+        counted = y.masked_fill(before, 0)
+        # p collects from all tokens of a row, and the spoiled ones give it NaN.
+        grads = torch.autograd.grad(counted.float().square().sum() + last.float().sum(), [*leaves[:3], leaves[4]])
+        results.append([counted, last, *(grad.masked_fill(before, 0) if grad.dim() == 3 else grad for grad in grads)])
+    for spoiled, clean in zip(*results, strict=True):
+        assert torch.isfinite(clean).all()
+        assert torch.equal(spoiled, clean)
+    # And no gradient of a spoiled document goes back through the start of it.
+    flow = torch.zeros_like(x).masked_fill(~before, bad)
+    leaves = [t.clone().requires_grad_() for t in (x, gx, ga, p, h0)]
+    grads = torch.autograd.grad(rg_lru(*leaves, reset)[0], leaves, flow)
+    for grad in grads[:3]:
+        assert (grad.masked_fill(~before, 0) == 0).all()
+    assert (grads[4] == 0).all()
+
+
 def test_a_closed_recurrent_gate_passes_the_state() -> None:
     x, gx, ga, p, h0 = (t.float() for t in lru_inputs(2, 9, 4))
     y, last = rg_lru(x, gx, torch.full_like(ga, -torch.inf), p, h0)
