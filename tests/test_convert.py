@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
 
+import griffin.convert
 from griffin.checkpoint import load, load_tokenizer
 from griffin.cli.convert import convert as convert_command
 from griffin.config import GriffinConfig
@@ -443,3 +447,19 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     assert "window 8" in run.output
     assert f"griffin generate '{tmp_path / 'my model'}'" in run.output
     assert load(tmp_path / "my model").config.window == 8
+
+
+def test_the_reader_of_pickles_ends_with_its_parent_and_leaves_nothing(tmp_path: Path) -> None:
+    """However the parent ended: its end of the pipe closes."""
+    scratch, source = tmp_path / "scratch", tmp_path / "weights.pt"
+    scratch.mkdir()
+    os.mkfifo(source)  # reading it waits for ever
+    child = Path(griffin.convert.__file__).with_name("child.py")
+    command = [sys.executable, "-P", str(child), str(source), str(scratch)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    time.sleep(0.1)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=60) == 1
+    assert not scratch.exists()

@@ -2,13 +2,17 @@
 
 A pickle is a program. `weights_only=True` refuses all but tensors and plain containers, and should it fail to, or the
 file crash or exhaust the reader, it is this process that is lost: `griffin.convert` starts it and reads only the
-safetensors that it leaves. It imports nothing of griffin. Usage: python convert_child.py SOURCE FOLDER.
+safetensors that it leaves. It imports nothing of griffin. Usage: python child.py SOURCE FOLDER, with a pipe as stdin
+that its parent keeps open: when it closes, the parent is gone, however it ended, and so are this process and FOLDER.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +67,16 @@ def reason(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def end_with_parent(folder: str) -> None:
+    """Wait for the end of stdin, then leave nothing behind. It never comes while the parent lives."""
+    while os.read(0, 1):  # not sys.stdin, whose lock Python takes when it ends
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
 def main(source: str, folder: str) -> None:
+    threading.Thread(target=end_with_parent, args=(folder,), daemon=True).start()
     try:
         # mmap: the tensors are read while they are written, one by one. Only the zip format, torch's since 1.6, can.
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))

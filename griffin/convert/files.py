@@ -49,17 +49,29 @@ def read_torch_checkpoint(path: str | Path, *, scratch: str | Path | None = None
     with tempfile.TemporaryDirectory(prefix=".griffin-convert-", dir=scratch, ignore_cleanup_errors=True) as folder:
         # -P: the script's folder is this package, whose module names must not hide installed ones.
         child = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), str(path.resolve()), folder]
-        done = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-        if done.returncode < 0:
-            name = signal.Signals(-done.returncode).name
+        returncode, said = _run_to_its_end(child)
+        if returncode < 0:
+            name = signal.Signals(-returncode).name
             raise GriffinError(f"{path} cannot be read: its reader was killed by {name}; is there enough memory?")
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["its reader failed"])[-1]
+        if returncode:
+            last = (said.strip().splitlines() or ["its reader failed"])[-1]
             raise GriffinError(f"{path} cannot be read: {''.join(c for c in last if c.isprintable())[:300]}")
         tensors: dict[str, Tensor] = {}
         for part in sorted(Path(folder).glob("part-*.safetensors")):
             tensors.update(load_file(part))
     return _without_params_prefix(tensors)
+
+
+def _run_to_its_end(child: list[str]) -> tuple[int, str]:
+    """Run a process that ends when its stdin does: exit status and stderr. Its stdin is open as long as this lives."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(child, text=True, errors="replace", **pipes) as process:  # type: ignore[call-overload]
+        try:
+            said = process.stderr.read()
+            return process.wait(), said
+        except BaseException:
+            process.kill()
+            raise
 
 
 def read_flax_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -35,8 +35,10 @@ from griffin.train.snapshot import (
     check_snapshot,
     latest,
     load_snapshot,
+    newest_whole,
     remove_leftovers,
     save_snapshot,
+    set_aside,
 )
 from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
@@ -87,11 +89,11 @@ def train(
             needs more than this machine has; or MOST_SKIPPED steps in a row had a loss or gradient that is not finite.
     """
     run = Path(run)
-    newest = latest(run)
-    if newest is not None and not resume:
+    if not resume and (newest := latest(run)) is not None:
         raise GriffinError(
             f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
         )
+    newest, damaged = newest_whole(run)
     if config.tensorboard:
         check_tensorboard()
     device = find_device(config.device)
@@ -113,6 +115,8 @@ def train(
         )
     with going_on(console or Console()) as console, only_process(run):
         remove_leftovers(run)
+        for folder, why in damaged.items():
+            console.print(f"{why}: going on from the one before ({set_aside(folder)} is what it was)", markup=False)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         with reporting(console) as report:

@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from griffin import checkpoint
+from griffin.checkpoint.layout import CONFIG
+from griffin.checksums import SUMS, read_sums, verify, write_sums
 from griffin.errors import GriffinError
-from griffin.files import save_tensors, whole_folder
+from griffin.files import remove_folder, save_tensors, whole_folder
 from griffin.model import Griffin
+from griffin.reading import read_json
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 
@@ -77,9 +80,46 @@ def save_snapshot(
         checkpoint.write_files(temporary, model.config, model.state_dict(), tokenizer)
         save_tensors(_averages(model, optimizer), temporary / OPTIMIZER, {"format": "pt"})
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_sums(temporary)
     for old in snapshots(run)[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return folder
+
+
+def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Find the newest checkpoint whose files are what was written; None where there are no checkpoints.
+
+    Returns:
+        It, and those after it, with what is wrong with each: damage, or files of another checkpoint.
+
+    Raises:
+        GriffinError: there are checkpoints, and none is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in reversed(snapshots(run)):
+        try:
+            sums = read_sums(folder)
+            verify(folder, [CONFIG, OPTIMIZER, STATE, *sums], mend="it is not used")
+            if sums and (missing := {CONFIG, OPTIMIZER, STATE} - sums.keys()):
+                raise GriffinError(f"{folder / SUMS} does not vouch for {min(missing)}; it is not used")
+            _read_state(folder / STATE)
+        except GriffinError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    if damaged:
+        first = next(iter(damaged.values()))
+        raise GriffinError(f"{run} has no whole checkpoint: {first}; begin anew in another folder (--run DIR)")
+    return None, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint another name, under which it is none: the run will write that step again."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    if aside.exists():
+        remove_folder(aside)
+    folder.rename(aside)
+    return aside
 
 
 @dataclass(frozen=True)
@@ -199,14 +239,11 @@ def _trained(model: Griffin) -> dict[str, torch.nn.Parameter]:
 
 
 def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GriffinError(
-            f"{file} cannot be read ({error}); remove {file.parent} to go on from the one before"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    state = read_json(file, mend=f"remove {file.parent} to go on from the one before")
+    if state.get("format") != FORMAT:
         raise GriffinError(f"{file} is not of format {FORMAT!r}; it was not written by this version")
+    if missing := {"progress", "config", "fixed", "data", "torch", "threads"} - state.keys():
+        raise GriffinError(f"{file} has no {min(missing)!r}; remove {file.parent} to go on from the one before")
     known = {field.name for field in fields(Progress)}
     if not isinstance(state.get("progress"), dict) or state["progress"].keys() != known:
         raise GriffinError(f"{file}: 'progress' does not have {', '.join(sorted(known))}")

@@ -337,34 +337,72 @@ def test_more_steps_are_another_schedule_but_the_same_run(tmp_path: Path, config
     assert [line["step"] for line in numbers(tmp_path / "run") if "loss" in line] == [3, 6, 9, 12, 15]
 
 
+def spoil(file: Path, damage: str) -> None:
+    """Damage a file of a checkpoint."""
+    data = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(data[:-10])
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "foreign":
+        file.write_text("{}")
+    elif damage == "swapped":
+        shutil.copy(file.parent.with_name("step_00000010") / file.name, file)
+    elif damage == "bit":
+        at = len(data) // 2
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    else:
+        tensors = load_file(file)
+        first = min(tensors)
+        value = tensors.pop(first)
+        save_file(tensors | ({"exp_avg.a": value} if damage == "rename" else {first: torch.zeros(3)}), file)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json", "config.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "swapped"])
+def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, config: TrainConfig, name: str, damage: str) -> None:
+    """The one before is, and it is said; so the run ends as one that was never broken."""
+    config = replace(config, keep_checkpoints=3)
+    run(config, tmp_path / "run")
+    unbroken = weights(tmp_path / "run" / "model")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000012"
+    if damage == "swapped" and name == "config.json":
+        pytest.skip("every checkpoint of a run has the same config.json")
+    spoil(newest / name, damage)
+    result, shown = run(config, tmp_path / "run", resume=True)
+    assert result.finished
+    lines = " ".join(shown.split())
+    assert name in lines
+    assert "going on from the one before" in lines
+    assert "going on from step 10 " in lines
+    assert (newest.parent / "step_00000012.damaged").is_dir()
+    assert weights(tmp_path / "run" / "model") == unbroken
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path, config: TrainConfig) -> None:
+    run(replace(config, keep_checkpoints=1), tmp_path / "run")
+    spoil(tmp_path / "run" / "checkpoints" / "step_00000012" / "model.safetensors", "bit")
+    with pytest.raises(GriffinError, match=r"no whole checkpoint: .*model\.safetensors is damaged or was changed"):
+        run(config, tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("optimizer.safetensors", "cut", r"optimizer\.safetensors cannot be read .*; remove .*step_00000012"),
         ("optimizer.safetensors", "rename", r"'exp_avg.a' is not one of this model|is not in it"),
         ("optimizer.safetensors", "reshape", r"is \(3,\) torch.float32, the model needs"),
-        ("train_state.json", "cut", r"train_state\.json cannot be read"),
-        ("train_state.json", "foreign", r"is not of format 'griffin-train-1'"),
-        ("train_state.json", "missing", r"train_state\.json cannot be read"),
         ("model.safetensors", "cut", r"model\.safetensors"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused(
+def test_damage_in_a_checkpoint_that_nothing_vouches_for_is_refused(
     tmp_path: Path, config: TrainConfig, name: str, damage: str, message: str
 ) -> None:
+    """As in runs of before there were sums."""
     run(config, tmp_path / "run")
     file = tmp_path / "run" / "checkpoints" / "step_00000012" / name
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-10])
-    elif damage == "missing":
-        file.unlink()
-    elif damage == "foreign":
-        file.write_text("{}")
-    else:
-        tensors = load_file(file)
-        first = min(tensors)
-        value = tensors.pop(first)
-        save_file(tensors | ({"exp_avg.a": value} if damage == "rename" else {first: torch.zeros(3)}), file)
+    (file.parent / "SHA256SUMS").unlink()
+    spoil(file, damage)
     with pytest.raises(GriffinError, match=message):
         run(config, tmp_path / "run", resume=True)
     shutil.rmtree(file.parent)  # as the message says
