@@ -26,7 +26,7 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
     """
     kernels = device.kernels("embed", weight, tokens)
     if kernels is not None and dtype in kernels.DTYPES:
-        return kernels.embed(tokens, weight, dtype, scale)  # type: ignore[no-any-return]
+        return kernels.embed(tokens, weight, dtype, scale)
     return _scaled(F.embedding(tokens, weight).to(dtype), scale)
 
 
@@ -42,7 +42,7 @@ def quantized_embed(
     """As embed, with a table of `quantize_int8` (group None) or `quantize_int4`. There is no gradient."""
     kernels = device.kernels("quantized_embed", scales, tokens, q)
     if kernels is not None and dtype in kernels.DTYPES:
-        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)  # type: ignore[no-any-return]
+        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
     flat = tokens.flatten()
     rows = dequantize(q[flat], scales[flat], in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)

@@ -23,7 +23,7 @@ def rope_table(positions: Tensor, rope_width: int, base: float = 10_000.0) -> tu
         cos, sin: (B, T, rope_width / 2) fp32.
     """
     if (kernels := device.kernels("rope_table", positions)) is not None:
-        return kernels.rope_table(positions.to(torch.int64), rope_width, base)  # type: ignore[no-any-return]
+        return kernels.rope_table(positions.to(torch.int64), rope_width, base)
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
@@ -40,7 +40,7 @@ def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
         reset: (B, 1) bool, positions == 0.
     """
     if position.is_contiguous() and (kernels := device.kernels("next_positions_", position)) is not None:
-        return kernels.next_positions_(position)  # type: ignore[no-any-return]
+        return kernels.next_positions_(position)
     positions = position[:, None].clone()
     position += 1
     return positions, positions == 0

@@ -160,7 +160,7 @@ class Kernel:
         function.argtypes = [ctypes.c_void_p, ctypes.c_char_p]  # c_char_p: the address of what a bytes holds
         function.restype = None
         self.functions[id(now.library), now.instructions, dtype] = function
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 def empty_like(tensor: Tensor) -> Tensor:
