@@ -137,7 +137,7 @@ class RecurrentBlock(nn.Module):
         if state is not None and x.shape[1] == 1 and span.lengths is None:
             out = self._one_token(inputs[:, 0], y[:, 0], state, span.reset[:, 0])
             if out is not None:
-                return self.linear_out(out[:, None])  # type: ignore[no-any-return]
+                return self.linear_out(out[:, None])
         conv, h0 = (None, None) if state is None else (state.conv, state.h)
         if conv is not None and torch.is_grad_enabled():
             conv = conv.clone()  # kept for the backward pass, while update_ below writes the original
@@ -147,7 +147,7 @@ class RecurrentBlock(nn.Module):
             if span.lengths is not None:
                 last_conv = _last_inputs(inputs, state.conv, span)
             state.update_(last_h, last_conv)
-        return self.linear_out(geglu(y, h))  # type: ignore[no-any-return]
+        return self.linear_out(geglu(y, h))
 
     def _one_token(self, inputs: Tensor, y: Tensor, state: RecurrentState, reset: Tensor) -> Tensor | None:
         """What lies between the linears, where one kernel does it all and writes the state in place."""
@@ -188,7 +188,7 @@ class LocalAttention(nn.Module):
             keys, values = torch.cat([earlier_keys, k], dim=1), torch.cat([earlier_values, v], dim=1)
             out = local_attention(q, keys, values, span.positions, self.window, span.documents)
             state.update_(k, v, span.positions, span.lengths)
-        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+        return self.o_proj(out.flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -202,7 +202,7 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(E, D, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -217,7 +217,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: RecurrentState | AttentionState | None, span: Span) -> Tensor:
         x = x + self.temporal_block(self.temporal_pre_norm(x), state, span)
-        return x + self.mlp_block(self.channel_pre_norm(x))  # type: ignore[no-any-return]
+        return x + self.mlp_block(self.channel_pre_norm(x))
 
 
 class Layers(nn.Module):
@@ -332,7 +332,7 @@ class Griffin(nn.Module):
             x = self.model.embed_tokens(tokens, self.activation_dtype, self.embedding_scale)  # (B, T, D)
             for index, block in enumerate(self.blocks):
                 x = block(x, None if state is None else state.layers[index], span)
-            return self.model.final_norm(x)  # type: ignore[no-any-return]
+            return self.model.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute cap * tanh(hidden embedding^T / cap), or without the cap where the config has none.

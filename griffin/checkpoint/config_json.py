@@ -233,7 +233,7 @@ def _block_types(where: str, left: dict[str, Any], num_layers: int) -> tuple[str
     found = _one(where, left, dict.fromkeys(keys, written_out), None)
     if found is None:
         raise GriffinError(f"{where} has neither 'block_types' nor '_block_types': which layers are recurrent?")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _one(where: str, left: dict[str, Any], spellings: Mapping[str, Callable[[Any], Any] | None], default: Any) -> Any:

@@ -83,7 +83,7 @@ def local_attention(
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
     if by_sequences(queries.device):
         cut = flash.unpacked(documents)
-        return torch.ops.griffin.local_attention_cuda(queries, keys, values, positions, window, *cut)  # type: ignore[no-any-return]
+        return torch.ops.griffin.local_attention_cuda(queries, keys, values, positions, window, *cut)
     kernels = device.kernels("local_attention", queries, keys, values, positions)
     if kernels is None:
         return _local_attention(queries, keys, values, positions, window)
@@ -120,7 +120,7 @@ def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Ten
     if kernels is None or not min(queries.numel(), keys.shape[1]):
         slots = torch.arange(keys.shape[1], dtype=torch.int64, device=queries.device)
         return _attend(queries, keys, values, slots <= positions[:, :, None].clamp(min=0))
-    return kernels.ring_attention(queries, keys, values, positions)  # type: ignore[no-any-return]
+    return kernels.ring_attention(queries, keys, values, positions)
 
 
 def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -181,7 +181,7 @@ def _local_cuda(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int 
     kernels = device.kernels("local_attention", q, k, v, size=q.shape[3], traced=True)
     if kernels is None or not q.numel():
         return _local_attention(q, k, v, positions, window)
-    return kernels.flash_attention(q, k, v, positions, window, *cut)[0]  # type: ignore[no-any-return]
+    return kernels.flash_attention(q, k, v, positions, window, *cut)[0]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

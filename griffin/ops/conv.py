@@ -66,7 +66,7 @@ def _causal_conv1d_backward(
     dy: Tensor, dlast: Tensor, x: Tensor, weight: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if (kernels := device.kernels("causal_conv1d", x, state, dy, dlast, size=weight.shape[1])) is not None:
-        return kernels.causal_conv1d_backward(dy, dlast, x, weight, state, reset)  # type: ignore[no-any-return]
+        return kernels.causal_conv1d_backward(dy, dlast, x, weight, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
     inputs, w, dy = torch.cat([state, x], dim=1), weight.to(dtype).T, dy.to(dtype)
     dinputs = torch.zeros_like(inputs, dtype=dtype)
@@ -102,7 +102,7 @@ def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if (kernels := device.kernels("causal_conv1d", x, state, size=weight.shape[1])) is not None:
-        return kernels.causal_conv1d(x, weight, bias, state, reset)  # type: ignore[no-any-return]
+        return kernels.causal_conv1d(x, weight, bias, state, reset)
     dtype, T, taps = accumulation_dtype(x), x.shape[1], weight.shape[1]
     inputs = torch.cat([state, x], dim=1)
     w = weight.to(dtype).T

@@ -32,7 +32,7 @@ def cross_entropy(
     PyTorch records no gradient of it: `griffin.loss.cross_entropy` has that.
     """
     if (kernels := device.kernels("cross_entropy", logits)) is not None:
-        return kernels.cross_entropy(logits, targets, cap, slopes)  # type: ignore[no-any-return]
+        return kernels.cross_entropy(logits, targets, cap, slopes)
     counted = targets != NOT_COUNTED
     target = targets.clamp(min=0)[:, None]
     if cap is not None:

@@ -29,7 +29,7 @@ def embed(tokens: Tensor, weight: Tensor, dtype: torch.dtype, scale: float | Non
     """
     kernels = device.kernels("embed", weight, tokens)
     if kernels is not None and dtype in kernels.DTYPES:
-        return kernels.embed(tokens, weight, dtype, scale)  # type: ignore[no-any-return]
+        return kernels.embed(tokens, weight, dtype, scale)
     return _scaled(F.embedding(tokens, weight).to(dtype), scale)
 
 
@@ -46,7 +46,7 @@ def quantized_embed(
     check_quantized(q, scales, in_width, group)
     kernels = device.kernels("quantized_embed", scales, tokens, q)
     if kernels is not None and dtype in kernels.DTYPES:
-        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)  # type: ignore[no-any-return]
+        return kernels.quantized_embed(tokens, q, scales, in_width, group, dtype, scale)
     flat = tokens.flatten()  # (not q[flat]: there -1 would be the last row)
     rows = dequantize(q.index_select(0, flat), scales.index_select(0, flat), in_width, group).to(dtype)
     return _scaled(rows.view(*tokens.shape, in_width), scale)

@@ -94,7 +94,7 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"x has {R} channels, but weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}")
     kernels = device.kernels("block_diagonal_linear", x, weight, bias, size=B * T)
     if kernels is not None and weight.dtype == bias.dtype:
-        return kernels.block_diagonal_linear(x, weight, bias)  # type: ignore[no-any-return]
+        return kernels.block_diagonal_linear(x, weight, bias)
     blocks = x.reshape(B * T, N, block).transpose(0, 1)
     y = torch.baddbmm(bias.to(x.dtype)[:, None], blocks, weight.to(x.dtype))  # (N, B * T, R / N)
     return y.transpose(0, 1).reshape(B, T, R)
@@ -136,7 +136,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = kernels.linear(rows, weight, bias)
     else:
         y = by_panels(rows, weight.shape[0], lambda panel, out: out.copy_(weight[panel]), bias)
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def by_panels(x: Tensor, out_width: int, widen: Callable[[slice, Tensor], object], bias: Tensor | None) -> Tensor:

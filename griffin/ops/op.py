@@ -68,8 +68,8 @@ def differentiable(run: Callable[..., Any], gradient: Callable[..., tuple[Tensor
         args: tensors, and what is not one.
     """
     if torch.is_grad_enabled():
-        return _Differentiable.apply(run, gradient, *args)  # type: ignore[no-any-return, no-untyped-call]
-    return run(*args)[0]  # type: ignore[no-any-return]
+        return _Differentiable.apply(run, gradient, *args)  # type: ignore[no-untyped-call]
+    return run(*args)[0]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.gradient, ctx.numbers = gradient, [None if isinstance(value, Tensor) else value for value in kept]
         ctx.are_tensors = [isinstance(value, Tensor) for value in kept]
         ctx.save_for_backward(*(value for value in kept if isinstance(value, Tensor)))
-        return result  # type: ignore[no-any-return]
+        return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

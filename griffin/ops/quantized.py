@@ -77,10 +77,10 @@ def dequantize(q: Tensor, scale: Tensor, in_width: int, group: int | None, out: 
     if group is None:
         kernels = device.kernels("dequantize", scale, q, out)
         if scale.dtype == torch.float32 and kernels is not None:
-            return kernels.widen_int8(q, scale, out)  # type: ignore[no-any-return]
+            return kernels.widen_int8(q, scale, out)
         return torch.mul(q, scale.float()[:, None], out=out)
     if scale.dtype == torch.bfloat16 and (kernels := device.kernels("dequantize", scale, q, out)) is not None:
-        return kernels.widen_int4(q, scale, in_width, group, out)  # type: ignore[no-any-return]
+        return kernels.widen_int4(q, scale, in_width, group, out)
     O, P = q.shape[0], 2 * q.shape[1]
     pairs = q.reshape(O, P // BLOCK, 16, 2).to(torch.int32)
     word = pairs[..., 0] | pairs[..., 1] << 8
@@ -133,7 +133,7 @@ def quantized_linear(
             y = kernels.linear_int8(rows, q, scale, bias, dtype)
         else:
             y = kernels.linear_int4(rows, q, scale, bias, group, dtype)
-        return y.view(*shape, O)  # type: ignore[no-any-return]
+        return y.view(*shape, O)
     rows = rows.to(dtype)
     kernels = device.kernels("quantized_linear_many", rows, bias, size=rows.shape[0]) if group is None else None
     if x.device.type != "cpu" or dtype == torch.float64:
@@ -147,7 +147,7 @@ def quantized_linear(
             dequantize(q[panel], scale[panel], K, group, out)
 
         y = by_panels(rows, O, widen, bias)
-    return y.view(*shape, O)  # type: ignore[no-any-return]
+    return y.view(*shape, O)
 
 
 def check_quantized(q: Tensor, scale: Tensor, in_width: int, group: int | None, of: str = "a row") -> None:

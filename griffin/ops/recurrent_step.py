@@ -81,6 +81,6 @@ def recurrent_step_(
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; this x needs {shape} {dtype}")
     if R % M:
         raise ValueError(f"x has {R} channels, which {M} gate blocks do not divide")
-    return kernels.recurrent_step_(  # type: ignore[no-any-return]
+    return kernels.recurrent_step_(
         *(x, y, conv_weight, conv_bias, gates, recurrent_param, conv, h, reset, unscaled_first_token)
     )

@@ -105,7 +105,7 @@ def _rg_lru_backward(
     """
     inputs = (dy, dh_last, x, input_gate, recurrent_gate, recurrent_param, chunk_states)
     if (kernels := device.kernels("rg_lru", *inputs)) is not None:
-        return kernels.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)  # type: ignore[no-any-return]
+        return kernels.rg_lru_backward(*inputs, reset, max_sqrt_gradient, unscaled_first_token)
     dtype = chunk_states.dtype
     i, x_ = torch.sigmoid(input_gate.to(dtype)), x.to(dtype)
     r, a, v, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, dtype)
@@ -165,7 +165,7 @@ def _rg_lru(
     """Give y, h_last and the states before tokens 0, CHUNK, 2 CHUNK ...: all that the backward pass keeps of h."""
     inputs = (x, input_gate, recurrent_gate, recurrent_param, h0)
     if (kernels := device.kernels("rg_lru", *inputs)) is not None:
-        return kernels.rg_lru(*inputs, reset, unscaled_first_token)  # type: ignore[no-any-return]
+        return kernels.rg_lru(*inputs, reset, unscaled_first_token)
     b = torch.sigmoid(input_gate.to(h0.dtype)).mul_(x)
     _, a, _, scale = _decay(recurrent_gate, recurrent_param, reset, unscaled_first_token, h0.dtype)
     h = scan(a, b.mul_(scale), h0, None if reset is None else reset[..., None])

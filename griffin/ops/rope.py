@@ -31,7 +31,7 @@ def rope_table(
     """
     check_whole(positions)
     if dtype == torch.float32 and (kernels := device.kernels("rope_table", positions)) is not None:
-        return kernels.rope_table(positions, rope_width, base)  # type: ignore[no-any-return]
+        return kernels.rope_table(positions, rope_width, base)
     exponents = torch.arange(0, rope_width, 2, device=positions.device, dtype=torch.float64) / rope_width
     angles = positions.to(torch.float64)[..., None] * base**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -53,7 +53,7 @@ def next_positions_(position: Tensor) -> tuple[Tensor, Tensor]:
     if position.dim() != 1 or position.dtype != torch.int64:
         raise ValueError(f"position is {tuple(position.shape)} {position.dtype}; it must be (B,) int64")
     if position.is_contiguous() and (kernels := device.kernels("next_positions_", position)) is not None:
-        return kernels.next_positions_(position)  # type: ignore[no-any-return]
+        return kernels.next_positions_(position)
     positions = position[:, None].clone()
     position += 1
     return positions, positions == 0

@@ -64,7 +64,7 @@ def _linear_scan_backward(
     dy: Tensor, dh_last: Tensor, x: Tensor, a: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if (kernels := device.kernels("linear_scan", x, a, h0, dy, dh_last)) is not None:
-        return kernels.linear_scan_backward(dy, dh_last, x, a, h0)  # type: ignore[no-any-return]
+        return kernels.linear_scan_backward(dy, dh_last, x, a, h0)
     a_, x_ = a.to(h0.dtype), x.to(h0.dtype)
     g = reverse_scan(a_, dy.to(h0.dtype), dh_last)
     h = scan(a_, x_, h0)
@@ -87,7 +87,7 @@ def _backward(ctx, dy, dh_last):  # type: ignore[no-untyped-def]
 @opaque("linear_scan", fake=_fake, backward=_backward, save=_save)
 def _linear_scan(x: Tensor, a: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     if (kernels := device.kernels("linear_scan", x, a, h0)) is not None:
-        return kernels.linear_scan(x, a, h0)  # type: ignore[no-any-return]
+        return kernels.linear_scan(x, a, h0)
     h = scan(a.to(h0.dtype), x.to(h0.dtype), h0)
     return h.to(x.dtype), h[:, -1].clone()
 

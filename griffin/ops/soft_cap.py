@@ -22,5 +22,5 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     if cap is None:
         return logits
     if logits.dtype == torch.float32 and (kernels := device.kernels("soft_cap", logits)) is not None:
-        return kernels.soft_cap(logits, cap)  # type: ignore[no-any-return]
+        return kernels.soft_cap(logits, cap)
     return cap * torch.tanh(logits / cap)

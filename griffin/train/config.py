@@ -136,7 +136,7 @@ def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
                 raise GriffinError(f"--set {setting}: {owner} has no fields here; set {owner} as a whole")
             place = place.setdefault(owner, {})
         place[leaf] = _parse(_field_type(target, leaf, setting), text.strip(), setting)
-    return _replace(config, changes)  # type: ignore[no-any-return]
+    return _replace(config, changes)
 
 
 def _replace(value: Any, changes: Mapping[str, Any]) -> Any:

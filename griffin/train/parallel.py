@@ -40,7 +40,7 @@ def prepare_blocks(model: Griffin, *, recompute: Recompute = "none", compiled: b
 def _recomputed(forward: Any, block: nn.Module, recompute: Recompute, x: Tensor, state: Any, span: Any) -> Tensor:
     """forward(block, x, state, span), keeping for its backward pass what `recompute` says."""
     if state is not None or not torch.is_grad_enabled():  # with a state a second forward would write it twice
-        return forward(block, x, state, span)  # type: ignore[no-any-return]
+        return forward(block, x, state, span)
     options: dict[str, Any] = {} if recompute == "all" else {"context_fn": _contexts}
     result: Tensor = checkpoint(
         forward, block, x, state, span, use_reentrant=False, preserve_rng_state=False, **options
