@@ -114,7 +114,8 @@ def test_our_folders_open_in_transformers_and_its_folders_open_here(
     theirs.save_pretrained(tmp_path / "theirs")
     back = griffin.load(tmp_path / "theirs")
     assert back.config == ours.config
-    assert torch.equal(back.logits(back(ids)), expected)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
+    assert_close(back.logits(back(ids)), expected, rtol=0, atol=2e-5)  # weights at other addresses: other bits
 
 
 def test_what_transformers_cannot_compute_it_does_not_open(tmp_path: Path, make_model: Callable[..., Griffin]) -> None:

@@ -211,19 +211,23 @@ def test_conv_is_its_formula_in_any_split(T: int, taps: int, where: list[int], d
 
 
 def test_strided_inputs_give_the_same() -> None:
-    """Views with any strides: transposed, every second channel, expanded."""
+    """Views with any strides: transposed, every second channel.
+
+    Not bit for bit: PyTorch computes exp and its relatives of strided numbers one by one, of others several at once.
+    """
+    tolerance = {"rtol": 1e-12, "atol": 1e-12}
     x, gx, ga, p, h0 = lru_inputs(2, 70, 6)
     reset = resets(2, 70, [0, 9])
     expected = rg_lru(x, gx, ga, p, h0, reset)
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, gx, ga)]
     for found, wanted in zip(rg_lru(*strided, p, h0, reset), expected, strict=True):
-        assert torch.equal(found, wanted)
+        assert_close(found, wanted, **tolerance)
     twice = torch.stack([x, x], dim=-1).flatten(2)[..., ::2]
-    assert torch.equal(linear_scan(twice, torch.sigmoid(ga), h0)[0], linear_scan(x, torch.sigmoid(ga), h0)[0])
+    a = torch.sigmoid(ga)
+    assert_close(linear_scan(twice, a, h0)[0], linear_scan(x, a, h0)[0], **tolerance)
     weight, bias = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    assert torch.equal(
-        causal_conv1d(strided[0], weight, bias, None, reset)[0], causal_conv1d(x, weight, bias, None, reset)[0]
-    )
+    found, wanted = (causal_conv1d(t, weight, bias, None, reset)[0] for t in (strided[0], x))
+    assert_close(found, wanted, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
