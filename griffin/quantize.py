@@ -162,11 +162,17 @@ def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None
         The same model, in eval mode: it cannot be trained.
 
     Raises:
-        GriffinError: an unknown format, or the model is quantised already.
+        GriffinError: an unknown format, the model is quantised already, or a weight is not finite: it is named, and the
+            model is left as it was.
     """
     form = to if isinstance(to, Quantization) else Quantization.named(to, group)
     if (now := quantization(model)) is not None:
         raise GriffinError(f"the model is {now.name} already; quantise the original")
+    for name, module in replaceable(model).items():
+        if not all_finite(module.weight):
+            raise GriffinError(
+                f"{name}.weight holds NaN or infinity and cannot be quantised; use another copy of the model"
+            )
     replace(model, lambda module: _KINDS[type(module)](module, form))
     return model.requires_grad_(False).eval()
 
@@ -182,6 +188,13 @@ def quantization(model: Griffin) -> Quantization | None:
 def quantized_names(model: Griffin) -> dict[str, torch.Size]:
     """Name the weights that `quantize` replaces, with their shapes."""
     return {f"{name}.weight": module.weight.shape for name, module in replaceable(model).items()}
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite; one pass and no copy. On the meta device there are none."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())  # both are NaN where any number is
 
 
 def read_quantization(data: Mapping[str, Any], where: str) -> Quantization | None:

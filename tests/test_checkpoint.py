@@ -20,6 +20,7 @@ from griffin.checkpoint import read, write
 from griffin.checkpoint.describe import describe
 from griffin.checksums import write_sums
 from griffin.fingerprint import of as fingerprint_of
+from tests.fuzz import attack
 
 MakeModel = Callable[..., Griffin]
 
@@ -367,3 +368,38 @@ def test_loading_takes_the_size_of_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "model")]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(out.stdout) < 1.15 * size + 130e6
+
+
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renamed away and removed, it would leave the shell nowhere."""
+    griffin.save(make_model(), tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(GriffinError, match="the current folder"):
+        griffin.save(make_model(), ".", overwrite=True)
+
+
+@pytest.mark.slow
+def test_fuzz_a_model_folder(tmp_path: Path, make_model: MakeModel) -> None:
+    """What was saved, or one line."""
+    model = make_model()
+    griffin.save(model, tmp_path / "model", griffin.Tokenizer.bytes())
+    wanted = model.state_dict()
+
+    def read() -> dict[str, torch.Tensor]:
+        griffin.load_tokenizer(tmp_path / "model")
+        return griffin.load(tmp_path / "model").state_dict()
+
+    def same(found: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+    assert attack(sorted((tmp_path / "model").iterdir()), read, same)["refused"] > 10
+
+
+@pytest.mark.slow
+def test_fuzz_a_config_that_nothing_vouches_for(tmp_path: Path, make_model: MakeModel) -> None:
+    griffin.save(make_model(), tmp_path / "model")
+    (tmp_path / "model" / "SHA256SUMS").unlink()
+    counts = attack([tmp_path / "model" / "config.json"], lambda: griffin.load(tmp_path / "model"), bool)
+    assert counts["refused"] > 10

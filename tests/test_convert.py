@@ -463,3 +463,19 @@ def test_the_reader_of_pickles_ends_with_its_parent_and_leaves_nothing(tmp_path:
     process.stdin.close()
     assert process.wait(timeout=60) == 1
     assert not scratch.exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    _, weights = recorded("hawk")
+    spoiled = {name: value.clone() for name, value in weights.items()}
+    next(value for name, value in spoiled.items() if name.endswith("a_param")).fill_(torch.nan)
+    torch.save(spoiled, tmp_path / "model.pt")
+    with pytest.raises(GriffinError, match=r"holds NaN or infinity, .*recurrent_param"):
+        convert(tmp_path / "model.pt", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_blocks_without_end_are_refused_at_once() -> None:
+    many = {f"blocks.{index}.x": torch.empty(0) for index in range(20_001)}
+    with pytest.raises(GriffinError, match=r"20001 blocks, more than"):
+        google_to_griffin(recorded("hawk")[1] | many)

@@ -211,3 +211,13 @@ def test_quantising_while_loading_takes_the_quantised_size(tmp_path: Path, name:
     command = [sys.executable, "-c", code, str(tmp_path / "model"), name]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(out.stdout) < 1.1 * size + 250e6
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_weight_that_is_not_finite_is_named(make_model: Callable[..., Griffin], form: str) -> None:
+    model = make_model()
+    model.model.layers[1].mlp_block.up_proj.weight.data[0, 0] = torch.inf
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(GriffinError, match=r"layers\.1\.mlp_block\.up_proj\.weight holds NaN or infinity"):
+        quantize(model, form)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

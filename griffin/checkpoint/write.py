@@ -64,6 +64,10 @@ def check_place(path: Path, *, overwrite: bool) -> None:
     """Raise GriffinError unless a model folder may be written at `path`: worth asking before hours of work."""
     if not path.exists():
         return
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise GriffinError(
+            f"{path} is the current folder, which cannot be replaced; go elsewhere and name it from there"
+        )
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else None
     if names == []:
         return

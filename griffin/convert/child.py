@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import zipfile
@@ -71,11 +72,15 @@ def end_with_parent(folder: str) -> None:
     """Wait for the end of stdin, then leave nothing behind. It never comes while the parent lives."""
     while os.read(0, 1):  # not sys.stdin, whose lock Python takes when it ends
         pass
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(100):  # the other thread may be making a file
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            break
     os._exit(1)
 
 
 def main(source: str, folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes to both; the parent decides
     threading.Thread(target=end_with_parent, args=(folder,), daemon=True).start()
     try:
         # mmap: the tensors are read while they are written, one by one. Only the zip format, torch's since 1.6, can.

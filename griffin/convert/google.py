@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from griffin.checkpoint import check_place, write_folder
-from griffin.config import BlockType, EmbeddingScale, GriffinConfig
+from griffin.config import MOST_LAYERS, BlockType, EmbeddingScale, GriffinConfig
 from griffin.convert.files import flax_to_google, read_flax_checkpoint, read_google, read_torch_checkpoint
 from griffin.convert.names import EMBEDDING, LAYER, entries, google_shape, sizes
 from griffin.errors import GriffinError
+from griffin.quantize import all_finite
 from griffin.tokenizer import load_tokenizer
 
 __all__ = [
@@ -152,8 +153,8 @@ def convert(
         report: called with one line before or after each step.
 
     Raises:
-        GriffinError: the source cannot be read or does not fit, `destination` is in use, or the tokenizer has more ids
-            than the model.
+        GriffinError: the source cannot be read, does not fit or holds a number that is not finite; `destination` is in
+            use; or the tokenizer has more ids than the model.
     """
     destination = Path(destination)
     check_place(destination, overwrite=overwrite)
@@ -170,6 +171,11 @@ def convert(
     )
     if (rows := len(google[EMBEDDING.google])) > config.vocab_size:
         report(f"Dropped {rows - config.vocab_size} rows of the embedding beyond the vocabulary's {config.vocab_size}")
+    if bad := [name for name, value in tensors.items() if not all_finite(value)]:
+        raise GriffinError(
+            f"{source} holds NaN or infinity, as a damaged file does or a run that diverged: {_some(bad)}; "
+            "use another copy"
+        )
     if words is not None and words.vocab_size > config.vocab_size:
         raise GriffinError(
             f"{tokenizer} has {words.vocab_size} ids and the model {config.vocab_size}; "
@@ -211,6 +217,8 @@ def _block_types(tensors: Mapping[str, Tensor]) -> tuple[BlockType, ...]:
     for name in tensors:
         if found := re.match(r"blocks\.(0|[1-9]\d{0,5})\.(?:(recurrent|attention)_block\.)?", name):
             kinds.setdefault(int(found[1]), set()).update([cast(BlockType, found[2])] if found[2] else ())
+    if len(kinds) > MOST_LAYERS:
+        raise GriffinError(f"the checkpoint has {len(kinds)} blocks, more than {MOST_LAYERS}")
     if missing := sorted(set(range(len(kinds) or 1)) - set(kinds)):
         raise GriffinError(
             f"blocks.{missing[0]} is missing; the checkpoint has blocks {_some(map(str, sorted(kinds)))}"
