@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,10 @@ from griffin.cli import options, streams
 from griffin.cli.failure import explain
 from griffin.cli.waiting import Waiting
 from griffin.errors import GriffinError, printable
+from griffin.infer.request import Sampling
 
 if TYPE_CHECKING:
     from griffin.infer.conversation import Conversation
-    from griffin.infer.generate import Options
 
 HELP = """\
 /save FILE    write the conversation: one file, the state and the text
@@ -35,15 +36,11 @@ HELP = """\
 A message that begins with / is written with two: //"""
 
 
+@options.with_sampling
 def chat(
     model: options.Model,
     max_tokens: options.MaxTokens = 1024,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.Penalty = None,
-    seed: options.Seed = None,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
@@ -66,18 +63,10 @@ def chat(
     loaded, tokenizer = options.open_model(model, device, dtype)
 
     from griffin.infer.conversation import Conversation
-    from griffin.infer.generate import Options
-    from griffin.infer.sample import Sampling
 
-    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    settings = Options(
+    settings: dict[str, Any] = dict(
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+        **asdict(sampling),
         stop=stop or (),
         prefill_chunk=chunk,
     )
@@ -101,7 +90,7 @@ class Chat:
         verbose: whether to show the speed of each answer.
     """
 
-    def __init__(self, conversation: Conversation, settings: Options, verbose: bool) -> None:
+    def __init__(self, conversation: Conversation, settings: dict[str, Any], verbose: bool) -> None:
         self.conversation, self.settings, self.verbose = conversation, settings, verbose
         self.name = "main"
         self.kept: dict[str, Conversation] = {}

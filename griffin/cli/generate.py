@@ -7,19 +7,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from griffin.cli import options, streams
 from griffin.cli.waiting import Waiting
 from griffin.errors import GriffinError
+from griffin.infer.request import Sampling
 
 if TYPE_CHECKING:
-    from griffin.infer.generate import Completion, Piece, TokenLogprob
+    from griffin.infer.request import Completion, Piece, TokenLogprob
     from griffin.tokenizer import Tokenizer
 
 
+@options.with_sampling
 def generate(
     model: options.Model,
     prompts: Annotated[
@@ -27,12 +29,7 @@ def generate(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 1.0,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.Penalty = None,
-    seed: options.Seed = None,
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     stop: options.Stop = None,
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
@@ -61,21 +58,15 @@ def generate(
     texts = read_prompts(prompts or [], file)
     loaded, tokenizer = options.open_model(model, device, dtype)
 
-    from griffin.infer.generate import Options
     from griffin.infer.generate import generate as run
 
     ids = [
         tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in texts
     ]
     waiting = Waiting("Reading the prompt" if len(texts) == 1 else "Reading the prompts")
-    settings = Options(
+    settings: dict[str, Any] = dict(
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+        **asdict(sampling),
         stop=stop or (),
         logprobs=logprobs,
         prefill_chunk=chunk,

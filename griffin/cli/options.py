@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from griffin.cli.waiting import Waiting
+from griffin.infer.request import Sampling
 from griffin.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -27,16 +31,38 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model folder, or a Hugging Face id: google/recurrentgemma-2b-it.")
 ]
 MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more varied.")]
-TopK = Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens that sum to this probability.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
-Penalty = Annotated[float | None, typer.Option(help="Above 1 discourages tokens that are in the text already.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. Default: a new one each time.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string. May be given several times.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations. Default: as they are stored.")]
 Chunk = Annotated[int, typer.Option(help="Tokens of a prompt read at once: more is faster and takes more memory.")]
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of `Sampling`, where its signature has `sampling`, and one of these."""
+    signature = inspect.signature(command, eval_str=True)
+    types = get_type_hints(Sampling)
+    offered = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=Annotated[types[each.name], typer.Option(help=each.metadata["help"])],
+        )
+        for each in fields(Sampling)
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        own = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        parameters += offered if parameter.name == "sampling" else [own]
+
+    def run(**values: Any) -> None:
+        sampling = Sampling(**{each.name: values.pop(each.name) for each in offered})
+        command(**values, sampling=sampling)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def show(text: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from griffin.errors import GriffinError
-from griffin.infer.generate import Options, Piece, start
+from griffin.infer.generate import start
 from griffin.infer.generation import Generation
+from griffin.infer.request import Piece
 from griffin.reading import parse_json
 from griffin.state_file import load_both
 
@@ -47,7 +48,7 @@ class Conversation:
     def tokens_read(self) -> int:
         return int(self.state.position[0])
 
-    def reply(self, text: str, **options: Unpack[Options]) -> Iterator[Piece]:
+    def reply(self, text: str, **options: Any) -> Iterator[Piece]:
         """Say `text`, and give the answer as it comes.
 
         The turn counts from its first piece on, whether the answer ends by itself or the iterator is closed: what was

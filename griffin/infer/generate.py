@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypedDict, Unpack, overload
+from collections.abc import Iterator
+from typing import Any, Literal, overload
 
 from griffin.errors import GriffinError
-from griffin.infer.generation import Completion as Completion
 from griffin.infer.generation import Generation, Row, check_ids
-from griffin.infer.generation import Piece as Piece
-from griffin.infer.generation import TokenLogprob as TokenLogprob
 from griffin.infer.prefill import Progress
-from griffin.infer.sample import Sampling
+from griffin.infer.request import Completion, Piece, Prompts, as_requests
 from griffin.model import Griffin
 from griffin.state import State, check_origin
 from griffin.tokenizer import Tokenizer
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments of `generate`, which explains them, for those who pass them on."""
-
-    max_tokens: int | Sequence[int]
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | Sequence[int] | None
-    stop: str | Sequence[str]
-    stop_ids: Sequence[int]
-    ignore_eos: bool
-    logprobs: int | None
-    prefill_chunk: int
-    progress: Progress | None
-
-
-Prompts = str | Sequence[str | Sequence[int]]
 
 
 @overload
@@ -46,7 +22,7 @@ def generate(
     *,
     stream: Literal[False] = False,
     state: State | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> list[Completion]: ...
 
 
@@ -58,7 +34,7 @@ def generate(
     *,
     stream: Literal[True],
     state: State | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Iterator[Piece]: ...
 
 
@@ -69,7 +45,7 @@ def generate(
     *,
     stream: bool = False,
     state: State | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> list[Completion] | Iterator[Piece]:
     """Continue each prompt.
 
@@ -106,6 +82,7 @@ def generate(
         GriffinError: a prompt has no tokens or ids the model does not have; the tokenizer or the state is another
             model's.
         ValueError: an option is out of range.
+        TypeError: there is no such option.
     """
     generation = start(model, tokenizer, prompts, state, **options)
     return iter(generation) if stream else generation.completions()
@@ -117,19 +94,9 @@ def start(
     prompts: Prompts,
     state: State | None = None,
     *,
-    max_tokens: int | Sequence[int] = 128,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | Sequence[int] | None = None,
-    stop: str | Sequence[str] = (),
-    stop_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    logprobs: int | None = None,
     prefill_chunk: int = 512,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Generation:
     """Check the arguments of `generate`, and give what it iterates over. Nothing has been computed yet."""
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -137,56 +104,17 @@ def start(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
-    ids = [
-        tokenizer.encode(prompt, bos=state is None) if isinstance(prompt, str) else _as_ids(index, prompt)
-        for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts)
-    ]
-    check_ids(ids, model.config.vocab_size)
-    limits = _per_prompt("max_tokens", max_tokens, len(ids))
-    for limit in limits:
-        if limit < 0:
-            raise GriffinError(f"max_tokens={limit} must be 0 (only read the prompt) or more")
-    seeds = [None] * len(ids) if seed is None else _per_prompt("seed", seed, len(ids))
-    samplings = [
-        Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=row_seed,
-        )
-        for row_seed in seeds
-    ]
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    ends = frozenset(stop_ids) | (frozenset() if ignore_eos else frozenset(tokenizer.stop_ids))
+    requests = as_requests(tokenizer, prompts, bos=state is None, **options)
+    check_ids([request.prompt for request in requests], model.config.vocab_size)
     if prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1")
+    logprobs = options.get("logprobs")
     if logprobs is not None and not 0 <= logprobs <= model.config.vocab_size:
         raise ValueError(f"logprobs={logprobs} must be within 0 .. {model.config.vocab_size}, the vocabulary")
-    rows = [
-        Row(index, prompt, limit, sampling, tokenizer, stops, ends, logprobs is not None)
-        for index, (prompt, limit, sampling) in enumerate(zip(ids, limits, samplings, strict=True))
-    ]
+    rows = [Row(index, request, tokenizer) for index, request in enumerate(requests)]
     return Generation(
-        model, rows, _rows_of(model, state, len(ids)), num_top=logprobs or 0, chunk=prefill_chunk, progress=progress
+        model, rows, _rows_of(model, state, len(rows)), num_top=logprobs or 0, chunk=prefill_chunk, progress=progress
     )
-
-
-def _as_ids(index: int, prompt: object) -> list[int]:
-    if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-        raise ValueError(
-            f"prompts[{index}] is {prompt!r:.60}; give texts or sequences of ids: prompts=[[2, 45, 17]] is one of ids"
-        )
-    return list(prompt)
-
-
-def _per_prompt(name: str, value: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(value, int):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} numbers for {count} prompts; give one number, or one per prompt")
-    return list(value)
 
 
 def _rows_of(model: Griffin, state: State | None, count: int) -> State:

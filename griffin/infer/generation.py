@@ -3,93 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from griffin.errors import GriffinError
-from griffin.infer.filters import Chosen, Filters, choose
 from griffin.infer.prefill import Progress, prefill
-from griffin.infer.sample import NUCLEUS_FIRST, Choice, Sampling, draws, read
+from griffin.infer.request import Completion, FinishReason, Piece, Request, TokenLogprob
+from griffin.infer.sampling import NUCLEUS_FIRST, Choice, Chosen, Filters, choose, draws, read
 from griffin.infer.step import DecodeStep
 from griffin.infer.stop import StopGate
 from griffin.model import Griffin
 from griffin.state import State
 from griffin.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]  # a stop id or string; max_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token's log-probability under the model itself, before temperature and filters."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), best first
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one step added to one row. The texts of a row's pieces, joined, are its completion's text."""
-
-    row: int  # index of the prompt
-    text: str  # whole characters only; may be "" while a character or a stop string is unfinished
-    tokens: tuple[int, ...]  # none if a stop id was chosen
-    logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
-    finish_reason: FinishReason | None  # None: more pieces of this row follow
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What was generated for one prompt, and what it takes to go on from there."""
-
-    text: str  # without the stop string, and nothing after it
-    tokens: tuple[int, ...]  # all that were chosen, those of a stop string too; a stop id that ended it is not here
-    logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
-    finish_reason: FinishReason | None  # None: interrupted
-    prompt_tokens: int
-    state: State = field(repr=False)  # one row that has read the prompt and `tokens`, except `unread`
-    # The last of `tokens`, chosen and not read. To go on: generate(..., [[*unread, *more]], state=state).
-    unread: tuple[int, ...]
-
 
 class Row:
-    """One prompt on its way. It knows ids and text, and no tensors but its finished state.
+    """One request on its way. It knows ids and text, and no tensors but its finished state.
 
     Args:
         index: of the prompt.
-        prompt: its ids.
-        max_tokens: the most tokens to choose.
-        sampling: how.
+        request: what is asked.
         tokenizer: turns ids into text.
-        stops: strings that end it.
-        stop_ids: ids that end it.
-        keep_logprobs: whether to.
     """
 
-    def __init__(
-        self,
-        index: int,
-        prompt: list[int],
-        max_tokens: int,
-        sampling: Sampling,
-        tokenizer: Tokenizer,
-        stops: Sequence[str],
-        stop_ids: frozenset[int],
-        keep_logprobs: bool,
-    ) -> None:
-        self.index, self.prompt, self.max_tokens, self.sampling = index, prompt, max_tokens, sampling
-        self.generator = sampling.generator()
-        self.stop_ids, self.keep_logprobs = stop_ids, keep_logprobs
-        self.gate = StopGate(stops)
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer) -> None:
+        self.index, self.request, self.sampling = index, request, request.sampling
+        self.generator = request.sampling.generator()
+        self.gate = StopGate(request.stop)
         self.stream = tokenizer.stream()
-        for token in prompt[-4:]:  # the text goes on in the middle: of a line, or even of a character of 4 bytes
+        for token in request.prompt[-4:]:  # the text goes on in the middle: of a line, or of a character of 4 bytes
             self.stream.push(token)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -100,35 +44,36 @@ class Row:
 
     def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> Piece:
         """Add a chosen token, and say what it adds to the text."""
-        if token in self.stop_ids:
+        if token in self.request.stop_ids:
             return self.piece((), self._end(), "stop")
         self.tokens.append(token)
         self.last_read = False
-        if self.keep_logprobs:
+        if self.request.logprobs is not None:
             self.logprobs.append(TokenLogprob(token, logprob, tuple(top)))
         text = self.gate.push(self.stream.push(token))
         if self.gate.stopped:
             return self.piece((token,), text, "stop")
-        if len(self.tokens) == self.max_tokens:
+        if len(self.tokens) == self.request.max_tokens:
             return self.piece((token,), text + self._end(), "length")
         return self.piece((token,), text, None)
 
     def piece(self, tokens: tuple[int, ...], text: str, finish_reason: FinishReason | None) -> Piece:
         self.texts.append(text)
         self.finish_reason = finish_reason
-        logprobs = tuple(self.logprobs[len(self.logprobs) - len(tokens) :]) if self.keep_logprobs else None
+        logprobs = (
+            tuple(self.logprobs[len(self.logprobs) - len(tokens) :]) if self.request.logprobs is not None else None
+        )
         return Piece(self.index, text, tokens, logprobs, finish_reason)
 
     def completion(self, state: State) -> Completion:
-        """Give the completion so far; of an unfinished row, with the text that is still held back."""
-        if self.finish_reason is None:
-            self.texts.append(self._end())
+        """Give the completion so far, changing nothing; of an unfinished row, with the text that is still held back."""
+        held = "" if self.finish_reason is not None else self._held()
         return Completion(
-            text="".join(self.texts),
+            text="".join(self.texts) + held,
             tokens=tuple(self.tokens),
-            logprobs=tuple(self.logprobs) if self.keep_logprobs else None,
+            logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             finish_reason=self.finish_reason,
-            prompt_tokens=len(self.prompt),
+            prompt_tokens=len(self.request.prompt),
             state=state,
             unread=() if self.last_read else tuple(self.tokens[-1:]),
         )
@@ -137,6 +82,12 @@ class Row:
         """The text that waited for more. The end of a character may still complete a stop string."""
         text = self.gate.push(self.stream.finish())
         return text if self.gate.stopped else text + self.gate.finish()
+
+    def _held(self) -> str:
+        """What `_end` would give now."""
+        gate = copy(self.gate)
+        text = gate.push(self.stream.unfinished())
+        return text if gate.stopped else text + gate.finish()
 
 
 class Generation:
@@ -162,7 +113,7 @@ class Generation:
         if any(row.sampling.repetition_penalty not in (None, 1.0) for row in rows):
             self._seen = torch.zeros(len(rows), model.config.vocab_size, dtype=torch.bool, device=state.position.device)
             for index, row in enumerate(rows):
-                self._seen[index, row.prompt] = True
+                self._seen[index, list(row.request.prompt)] = True
         self._gather()
         self._pieces = self._run()
 
@@ -176,7 +127,7 @@ class Generation:
         return [self.completion(row) for row in range(len(self.rows))]
 
     def completion(self, index: int) -> Completion:
-        """Give the completion of a prompt as far as it is. Ask once, and not before the first piece."""
+        """Give the completion of a prompt as far as it is. Not before the first piece."""
         row = self.rows[index]
         return row.completion(row.state or self._state.rows([self._places.index(row)]))
 
@@ -185,9 +136,13 @@ class Generation:
         if not self.rows:
             return
         hidden = prefill(
-            self.model, self._state, [row.prompt for row in self.rows], chunk=self.chunk, progress=self.progress
+            self.model,
+            self._state,
+            [list(row.request.prompt) for row in self.rows],
+            chunk=self.chunk,
+            progress=self.progress,
         )
-        pieces = [row.piece((), "", "length") for row in self.rows if row.max_tokens == 0]
+        pieces = [row.piece((), "", "length") for row in self.rows if row.request.max_tokens == 0]
         choice = self._first(hidden[self._leave()])
         yield from pieces
         while any(self._places):

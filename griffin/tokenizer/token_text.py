@@ -34,6 +34,13 @@ class TextStream:
             data, self._strip = data.removeprefix(b" "), False
         return self._utf8.decode(data)
 
+    def unfinished(self) -> str:
+        """Return what `finish` would, and change nothing."""
+        state = self._utf8.getstate()
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.setstate(state)
+        return text
+
     def finish(self) -> str:
         """Return what is left, with U+FFFD for a character that was never finished."""
         return self._utf8.decode(b"", final=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from griffin import PRESETS, Griffin, GriffinError, State, Tokenizer
-from griffin.infer.generate import Completion, generate, start
+from griffin.infer.generate import generate, start
 from griffin.infer.prefill import prefill
+from griffin.infer.request import Completion
 from griffin.ops.cpu import library
 
 W = PRESETS["griffin-tiny"].window or 0  # 16
@@ -291,3 +292,20 @@ def test_inference_mode_may_come_and_go_between_pieces(
             break
         tokens[piece.row] += piece.tokens
     assert tokens == [list(completion.tokens) for completion in wanted]
+
+
+def test_asking_for_a_completion_changes_nothing(make_model: Callable[..., Griffin]) -> None:
+    """Between any two pieces, and twice: what is held back may still become a stop string, or a character."""
+    model, tokenizer = make_model(), Tokenizer.bytes()
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 5.0, "seed": 3, "stop": ["\ufffd\ufffd\ufffd", "ab"]}
+    (wanted,) = generate(model, tokenizer, "to be", **options)
+    generation = start(model, tokenizer, "to be", **options)
+    for _ in generation:
+        assert generation.completion(0).text == generation.completion(0).text
+    assert generation.completion(0).text == wanted.text
+    assert generation.completion(0).tokens == wanted.tokens
+
+
+def test_an_option_that_is_none_is_named(make_model: Callable[..., Griffin]) -> None:
+    with pytest.raises(TypeError, match=r"no option hotness; there are .*temperature"):
+        generate(make_model(), Tokenizer.bytes(), "to be", hotness=3)

@@ -1,26 +1,21 @@
-"""The arithmetic of sampling. Nothing in `choose` waits for the device, so that a CUDA graph can hold it."""
+"""Choose the next token of each row; what a row gets depends on nothing but the row.
+
+Nothing in `choose` waits for the device, so that a CUDA graph can hold it; `read` does.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from griffin.errors import GriffinError
+from griffin.infer.request import Sampling
 
-class _Sampling(Protocol):
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int | None: ...
-    @property
-    def top_p(self) -> float | None: ...
-    @property
-    def min_p(self) -> float | None: ...
-    @property
-    def repetition_penalty(self) -> float | None: ...
+NUCLEUS_FIRST = 1024  # candidates that top-p looks at before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +31,7 @@ class Filters:
     penalty: Tensor | None  # (B, 1) fp32
 
     @classmethod
-    def of(cls, samplings: Sequence[_Sampling], vocab_size: int, device: torch.device) -> Filters:
+    def of(cls, samplings: Sequence[Sampling], vocab_size: int, device: torch.device) -> Filters:
         def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
@@ -153,3 +148,72 @@ def invert(weights: Tensor, uniform: Tensor) -> Tensor:
     ids = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)  # rounding up to the total would leave the vocabulary
     return torch.minimum(ids, last).clamp(max=weights.shape[1] - 1)[:, 0]  # of NaN weights too
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens chosen; log-probabilities are the model's own, before any filter or temperature."""
+
+    ids: list[int]  # (B,)
+    logprobs: list[float]  # (B,) of `ids`
+    top: list[list[tuple[int, float]]]  # (B, num_top) the likeliest (id, logprob), best first
+
+
+@torch.no_grad()
+def sample(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    generators: Sequence[torch.Generator],
+    seen: Tensor | None = None,
+    *,
+    num_top: int = 0,
+) -> Choice:
+    """Choose one token per row.
+
+    A row takes one uniform number from its generator (none if greedy) and finds the token where the cumulative
+    probability, in the order of ids, passes it. So neither the other rows nor the device change its choice.
+
+    Args:
+        logits: (B, V) fp32; -inf forbids a token.
+        samplings: (B,) one for each row.
+        generators: (B,) CPU generators, advanced.
+        seen: (B, V) bool, the tokens that repetition_penalty applies to; None means none.
+        num_top: how many of the likeliest tokens to report.
+
+    Raises:
+        GriffinError: a row's logits hold NaN or inf, or forbid every token; the row is named.
+        ValueError: num_top is not within 0 .. V.
+    """
+    V = logits.shape[1]
+    if not 0 <= num_top <= V:
+        raise ValueError(f"logprobs={num_top} alternatives asked for; the vocabulary has {V} tokens")
+    filters = Filters.of(samplings, V, logits.device)
+    uniform = torch.tensor(draws(samplings, generators), dtype=torch.float64, device=logits.device)
+    return read(choose(logits.float(), filters, uniform, seen, num_top=num_top, first=NUCLEUS_FIRST))
+
+
+def draws(samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> list[float]:
+    """Take the uniform number of each row from its generator; greedy rows take none and get 0."""
+    return [
+        0.0
+        if sampling.temperature == 0
+        else torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
+        for sampling, generator in zip(samplings, generators, strict=True)
+    ]
+
+
+def read(chosen: Chosen) -> Choice:
+    """Bring a choice to the host, which waits for the device.
+
+    Raises:
+        GriffinError: a row's logits hold NaN or inf, or forbid every token; the row is named.
+    """
+    for row, largest in enumerate(chosen.largest.tolist()):
+        if not math.isfinite(largest):  # NaN passes through amax
+            raise GriffinError(
+                f"row {row}: the largest logit is {largest}; the weights or the state hold NaN or infinity "
+                "(fp16 overflows: load the model in bfloat16 or float32), or every token is forbidden"
+            )
+    pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
+    top = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
+    return Choice(chosen.ids.tolist(), chosen.logprobs.tolist(), top)

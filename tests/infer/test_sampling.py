@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from griffin import GriffinError
-from griffin.infer.filters import Filters, invert, penalised, weights_of
-from griffin.infer.sample import Sampling, sample
+from griffin.infer.request import Sampling
+from griffin.infer.sampling import Filters, invert, penalised, sample, weights_of
 
 
 def keep(sampling: Sampling, logits: list[float], seen: set[int]) -> dict[int, float]:
