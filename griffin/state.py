@@ -189,6 +189,25 @@ class State:
             if isinstance(layer, AttentionState) and layer.grows:
                 layer.reserve_(tokens)
 
+    def head(self, count: int) -> State:
+        """Give the first `count` rows as a view: what is written there is written here, and the other way round.
+
+        `longest` is a number and each has its own; and where global attention grows, the one that grows has tensors of
+        its own from then on: reserve what is needed before taking a view.
+
+        Raises:
+            ValueError: there are not so many rows.
+        """
+        if not 0 <= count <= self.batch_size:
+            raise ValueError(f"head({count}) of a state of {self.batch_size} rows")
+        layers: list[RecurrentState | AttentionState] = [
+            RecurrentState(layer.h[:count], layer.conv[:count])
+            if isinstance(layer, RecurrentState)
+            else AttentionState(layer.keys[:count], layer.values[:count], layer.grows)
+            for layer in self.layers
+        ]
+        return State(layers, self.position[:count], self.longest, self.model_id)
+
     def clone(self) -> State:
         """Copy every tensor: the two go on independently."""
         return self.rows(range(self.batch_size))

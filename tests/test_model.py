@@ -667,3 +667,23 @@ def test_logits_of_a_single_row_have_a_gradient(make_model: MakeModel, dtype: to
         grads += torch.autograd.grad(logits.square().sum(), [leaf, model.embedding])
     for one, other in zip(grads, grads[2:], strict=False):
         assert_close(one.flatten(), other.flatten())
+
+
+@pytest.mark.parametrize("preset", ["griffin-tiny", "transformer-tiny"])
+@torch.no_grad()
+def test_the_head_of_a_state_is_its_first_rows(make_model: MakeModel, preset: str) -> None:
+    """Read through the view, the rows are what they would be alone, and the others are untouched."""
+    model, ids = make_model(preset), tokens(3, 20)
+    state = model.new_state(3)
+    model(ids[:, :7], state)
+    state.reserve_(64)
+    wanted, last = state.rows([0, 1]), state.rows([2])
+    head = state.head(2)
+    found = [model(ids[:2, 7:12], head), model(ids[:2, 12:13], head)]
+    assert torch.equal(torch.cat(found, 1), torch.cat([model(ids[:2, 7:12], wanted), model(ids[:2, 12:13], wanted)], 1))
+    for rows, alone in (([0, 1], wanted), ([2], last)):
+        there = state.rows(rows).tensors()
+        assert all(torch.equal(there[name], tensor) for name, tensor in alone.tensors().items())
+    assert (head.longest, state.longest) == (13, 7)
+    with pytest.raises(ValueError, match=r"head\(4\) of a state of 3 rows"):
+        state.head(4)
