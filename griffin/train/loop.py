@@ -93,6 +93,7 @@ def train(
         raise GriffinError(
             f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
         )
+    checkpoint.check_place(run / "model", overwrite=True)  # where it will be written; after training is too late to ask
     newest, damaged = newest_whole(run)
     if config.tensorboard:
         check_tensorboard()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -100,9 +101,11 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
         try:
             sums = read_sums(folder)
             verify(folder, [CONFIG, OPTIMIZER, STATE, *sums], mend="it is not used")
-            if sums and (missing := {CONFIG, OPTIMIZER, STATE} - sums.keys()):
+            ours = {CONFIG, OPTIMIZER, STATE, *(path.name for path in folder.glob("*.safetensors"))}
+            if (folder / SUMS).exists() and (missing := ours - sums.keys()):
                 raise GriffinError(f"{folder / SUMS} does not vouch for {min(missing)}; it is not used")
-            _read_state(folder / STATE)
+            if (step := _read_state(folder / STATE)["progress"]["step"]) != _step(folder):
+                raise GriffinError(f"{folder} holds the checkpoint of step {step}; it is not used")
         except GriffinError as error:
             damaged[folder] = str(error)
         else:
@@ -242,12 +245,22 @@ def _read_state(file: Path) -> dict[str, Any]:
     state = read_json(file, mend=f"remove {file.parent} to go on from the one before")
     if state.get("format") != FORMAT:
         raise GriffinError(f"{file} is not of format {FORMAT!r}; it was not written by this version")
-    if missing := {"progress", "config", "fixed", "data", "torch", "threads"} - state.keys():
-        raise GriffinError(f"{file} has no {min(missing)!r}; remove {file.parent} to go on from the one before")
-    known = {field.name for field in fields(Progress)}
-    if not isinstance(state.get("progress"), dict) or state["progress"].keys() != known:
+    kinds = {"progress": dict, "config": dict, "fixed": str, "data": str, "torch": str, "threads": int}
+    for name, kind in kinds.items():
+        if type(state.get(name)) is not kind:
+            raise GriffinError(f"{file}: {name!r} is missing or is not of type {kind.__name__}; it is not used")
+    known = {field.name: type(field.default) for field in fields(Progress)}
+    progress = state["progress"]
+    if progress.keys() != known.keys():
         raise GriffinError(f"{file}: 'progress' does not have {', '.join(sorted(known))}")
+    for name, counts in known.items():
+        if type(progress[name]) not in (counts, int) or not 0 <= progress[name] < math.inf:
+            raise GriffinError(f"{file}: {name} of 'progress' is not a number from 0 up; it is not used")
     return state
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> None:
@@ -255,7 +268,7 @@ def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> N
         return
     then, now = state["config"], json.loads(config.to_json())
     differing: dict[str, tuple[Any, Any]] = {}
-    if isinstance(then["model"], dict) and isinstance(now["model"], dict):
+    if isinstance(then.get("model"), dict) and isinstance(now["model"], dict):
         differing = {f"model.{key}": (then["model"].get(key), value) for key, value in now.pop("model").items()}
     differing |= {key: (then.get(key), now[key]) for key in FIXED if key in now}
     texts = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing.items() if a != b]

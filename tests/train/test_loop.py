@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import griffin
 from griffin import PRESETS, Griffin
+from griffin.checksums import write_sums
 from griffin.data.packing import count_rows, pack
 from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
@@ -30,7 +31,7 @@ from griffin.train.flops import flops_per_token
 from griffin.train.loop import Result, train
 from griffin.train.metrics import curve, read_metrics
 from griffin.train.optim import learning_rate
-from griffin.train.snapshot import latest
+from griffin.train.snapshot import STATE, latest
 
 CLOCK = {"seconds", "tokens_per_s"}  # differ from run to run
 
@@ -193,7 +194,7 @@ from pathlib import Path
 from griffin.train.config import config_from_json
 from griffin.train.loop import train
 from griffin.train.metrics import read_metrics
-from griffin.train.snapshot import latest
+from griffin.train.snapshot import STATE, latest
 import griffin.train.snapshot as snapshot
 from rich.console import Console
 
@@ -377,6 +378,72 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, config: TrainConfig, n
     assert "going on from step 10 " in lines
     assert (newest.parent / "step_00000012.damaged").is_dir()
     assert weights(tmp_path / "run" / "model") == unbroken
+
+
+MISLEADING = {
+    "empty sums": lambda place: os.truncate(place / "step_00000012" / "SHA256SUMS", 0),
+    "a line of the sums lost": lambda place: lose_a_line(place / "step_00000012" / "SHA256SUMS", "model.safe"),
+    "the other's files": lambda place: shutil.copytree(
+        place / "step_00000010", place / "step_00000012", dirs_exist_ok=True
+    ),
+    "another step's name": lambda place: (place / "step_00000012").rename(place / "step_00000013"),
+}
+
+
+def lose_a_line(sums: Path, name: str) -> None:
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if name not in line))
+
+
+@pytest.mark.parametrize("spoil", MISLEADING.values(), ids=[name.replace(" ", "-") for name in MISLEADING])
+def test_a_checkpoint_that_is_not_what_its_name_says_is_not_used(
+    tmp_path: Path, config: TrainConfig, spoil: Any
+) -> None:
+    """Each file may be whole by itself."""
+    run(config, tmp_path / "run")
+    unbroken = weights(tmp_path / "run" / "model")
+    spoil(tmp_path / "run" / "checkpoints")
+    result, shown = run(config, tmp_path / "run", resume=True)
+    assert result.finished
+    assert "going on from step 10 " in " ".join(shown.split())
+    assert weights(tmp_path / "run" / "model") == unbroken
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "griffin-train-0"}, "is not of format 'griffin-train-1'"),
+        ({"threads": None}, "'threads' is missing or is not of type int"),
+        ({"data": 5}, "'data' is missing or is not of type str"),
+        ({"fixed": []}, "'fixed' is missing or is not of type str"),
+        ({"config": "x"}, "'config' is missing or is not of type dict"),
+        ({"progress": {}}, "'progress' does not have logged_nats"),
+        ({"progress": {"step": "12"}}, "step of 'progress' is not a number from 0 up"),
+        ({"progress": {"seconds": float("nan")}}, "seconds of 'progress' is not a number from 0 up"),
+        ({"progress": {"tokens": -1}}, "tokens of 'progress' is not a number from 0 up"),
+        ({"fixed": "0", "config": {}}, "is of another run"),
+    ],
+)
+def test_a_state_that_is_vouched_for_and_wrong(
+    tmp_path: Path, config: TrainConfig, changes: dict[str, Any], message: str
+) -> None:
+    """A sum has no secret."""
+    run(replace(config, keep_checkpoints=1), tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step_00000012" / STATE
+    state = json.loads(file.read_text())
+    if changes.get("progress"):
+        changes = {"progress": state["progress"] | changes["progress"]}
+    file.write_text(json.dumps(state | changes))
+    write_sums(file.parent)
+    with pytest.raises(GriffinError, match=message):
+        run(config, tmp_path / "run", resume=True)
+
+
+def test_what_lies_beside_the_model_is_found_before_training(tmp_path: Path, config: TrainConfig) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "thesis.tex").write_text("years of work")
+    with pytest.raises(GriffinError, match="model exists and is not a model folder"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path, config: TrainConfig) -> None:
