@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,9 @@ from typer.testing import CliRunner
 import griffin.convert
 from griffin.checkpoint import load, load_tokenizer
 from griffin.cli.convert import convert as convert_command
+from griffin.cli.unwind import unwinding
 from griffin.config import GriffinConfig
+from griffin.convert import child
 from griffin.convert.google import (
     convert,
     flax_to_google,
@@ -33,6 +36,7 @@ from griffin.convert.google import (
     read_torch_checkpoint,
 )
 from griffin.errors import GriffinError
+from griffin.files import whole_folder
 from griffin.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -479,3 +483,69 @@ def test_blocks_without_end_are_refused_at_once() -> None:
     many = {f"blocks.{index}.x": torch.empty(0) for index in range(20_001)}
     with pytest.raises(GriffinError, match=r"20001 blocks, more than"):
         google_to_griffin(recorded("hawk")[1] | many)
+
+
+def test_tensors_without_end_are_refused_by_their_number() -> None:
+    with pytest.raises(ValueError, match="it holds 200001 tensors, more than 200000"):
+        child.weights(dict.fromkeys(map(str, range(200_001)), torch.zeros(1)), 10**9)
+
+
+def test_a_refused_conversion_makes_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "g.pt").write_bytes(b"noise")
+    with pytest.raises(GriffinError, match="cannot be read"):
+        convert(tmp_path / "g.pt", tmp_path / "new" / "deeper" / "out")
+    assert os.listdir(tmp_path) == ["g.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_reader_of_pickles_does_not_outlive_its_parent(tmp_path: Path, number: int) -> None:
+    """Killed with a real parent in between; Ctrl-C comes to that alone here, which then kills the reader."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    os.mkfifo(tmp_path / "weights.pt")  # reading it waits for ever
+    code = (
+        "import signal, sys\nfrom griffin.convert.files import _run_to_its_end\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "_run_to_its_end([sys.executable, '-P', *sys.argv[1:]])\n"
+    )
+    script = Path(griffin.convert.__file__).with_name("child.py")
+    arguments = [str(script), str(tmp_path / "weights.pt"), str(scratch)]
+    root = Path(griffin.convert.__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=root, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: children(arguments[1]) == 2)  # it names them, too
+        parent.send_signal(number)
+        parent.wait(20)
+        wait_until(lambda: children(arguments[1]) == 0)
+        assert scratch.exists() == (number == signal.SIGINT)  # removed by a parent that lives, else by the reader
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "nothing happened in a minute"
+        time.sleep(0.05)
+
+
+def children(argument: str) -> int:
+    done = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True)
+    return sum(argument in line and not line.startswith("ps") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_told_to_end_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, unwinding(), whole_folder(tmp_path / "model"):
+            signal.raise_signal(number)
+        assert ended.value.code == 128 + number
+        assert os.listdir(tmp_path) == []
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # nohup
+        with unwinding():
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from griffin.cli.unwind import unwinding
 from griffin.cli.waiting import Waiting
 from griffin.config import EmbeddingScale
 from griffin.errors import printable
@@ -33,7 +34,7 @@ def convert(
         int | None,
         typer.Option(min=1, help="Rows of the embedding to keep. Default: all, less the padding of Gemma's 256000."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what DESTINATION holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in DESTINATION.")] = False,
 ) -> None:
     """Turn Google's RecurrentGemma checkpoint, PyTorch or Flax, into a Hugging Face folder.
 
@@ -58,17 +59,18 @@ def convert(
         waiting.update(line)
 
     try:
-        convert_checkpoint(
-            source,
-            destination,
-            tokenizer=tokenizer,
-            window=window,
-            logits_soft_cap=soft_cap,
-            embedding_scale=embedding_scale,
-            vocab_size=vocab_size,
-            overwrite=force,
-            report=report,
-        )
+        with unwinding():
+            convert_checkpoint(
+                source,
+                destination,
+                tokenizer=tokenizer,
+                window=window,
+                logits_soft_cap=soft_cap,
+                embedding_scale=embedding_scale,
+                vocab_size=vocab_size,
+                overwrite=force,
+                report=report,
+            )
     finally:
         waiting.stop()
     for line in lines:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from griffin.cli.unwind import unwinding
+
 
 def quantize(
     source: Annotated[str, typer.Argument(help="A model folder or a Hugging Face id.")],
@@ -16,7 +18,7 @@ def quantize(
         int | None,
         typer.Option(help="int4: inputs to a scale, 32, 64 or 128 (default). Fewer: closer, larger."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what DESTINATION holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in DESTINATION.")] = False,
 ) -> None:
     """Write a model with its linears and embedding in 8 or 4 bits; it loads like any other.
 
@@ -36,7 +38,8 @@ def quantize(
     model = checkpoint.load(folder, quantize=Quantization.named(to, group))
     tokenizer = checkpoint.load_tokenizer(folder) if any(folder.glob("tokenizer.*")) else None
     before = folder_bytes(folder)
-    checkpoint.save(model, destination, tokenizer, overwrite=force)
+    with unwinding():
+        checkpoint.save(model, destination, tokenizer, overwrite=force)
     after = folder_bytes(destination)
     typer.echo(f"{destination}: {to}, {after / 1e6:,.0f} MB of weights, {after / before:.0%} of {before / 1e6:,.0f} MB")
 

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+MOST_TENSORS = 200_000  # of 10,000 layers
 PART_BYTES = 1 << 30  # safetensors holds a file's bytes in memory while it writes it
 WRAPPERS = ("model_state_dict", "state_dict", "model", "params")  # what people name the weights beside other things
 
@@ -34,6 +35,8 @@ def weights(loaded: Any, file_bytes: int) -> dict[str, Tensor]:
             loaded = loaded[name]
     if not isinstance(loaded, Mapping) or not loaded:
         raise ValueError(f"it holds a {type(loaded).__name__}, not names and tensors")
+    if len(loaded) > MOST_TENSORS:
+        raise ValueError(f"it holds {len(loaded)} tensors, more than {MOST_TENSORS}")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"its entry {name!r} is a {type(value).__name__}, not a tensor")
@@ -47,12 +50,13 @@ def weights(loaded: Any, file_bytes: int) -> dict[str, Tensor]:
 
 def write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
     part: dict[str, Tensor] = {}
-    number = 0
+    number = part_bytes = 0
     for index, (name, value) in enumerate(tensors.items(), start=1):
         part[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        if index == len(tensors) or sum(tensor.nbytes for tensor in part.values()) >= PART_BYTES:
+        part_bytes += value.nbytes
+        if index == len(tensors) or part_bytes >= PART_BYTES:
             save_file(part, folder / f"part-{number:05d}.safetensors")
-            part, number = {}, number + 1
+            part, number, part_bytes = {}, number + 1, 0
 
 
 def reason(error: Exception) -> str:

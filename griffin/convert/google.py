@@ -159,9 +159,9 @@ def convert(
     destination = Path(destination)
     check_place(destination, overwrite=overwrite)
     words = None if tokenizer is None else load_tokenizer(tokenizer)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     report(f"Reading {source}")
-    google = read_google(source, scratch=destination.parent)
+    room = next(folder for folder in destination.absolute().parents if folder.is_dir())  # on the disk that it is for
+    google = read_google(source, scratch=room)
     config, tensors = google_to_griffin(
         google,
         window=window,
