@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
         required = {"CXX": compiler, "CXXFLAGS": FLAGS, "GRIFFIN_REQUIRE_KERNELS": "1"}
         subprocess.run(build, cwd=ROOT, env=os.environ | required, check=True)
         library = Path(folder, "griffin/ops/cpu/_kernels.so")
-        find = [*shlex.split(compiler), "-print-file-name=libasan.so"]
-        runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+        # The C++ library, too: else the sanitizer does not find what PyTorch throws its exceptions with.
+        runtime = " ".join(find_library(compiler, name) for name in ("libasan.so", "libstdc++.so.6"))
         # Leaks are not looked for: Python's and PyTorch's own would drown ours, and the kernels allocate nothing.
         sanitizers = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         names = ("kernels", "linear", "attention", "local_attention", "decode_kernels", "hostile_numbers")
@@ -37,6 +37,11 @@ def main(arguments: list[str]) -> int:
         options = ["-s", "-p", "no:cacheprovider", f"--kernels={library}"]
         command = [sys.executable, "-m", "pytest", *options, *tests, *arguments]
         return subprocess.run(command, cwd=ROOT, env=os.environ | sanitizers).returncode
+
+
+def find_library(compiler: str, name: str) -> str:
+    command = [*shlex.split(compiler), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
