@@ -359,16 +359,21 @@ def spoil(file: Path, damage: str) -> None:
         save_file(tensors | ({"exp_avg.a": value} if damage == "rename" else {first: torch.zeros(3)}), file)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "train_state.json", "config.json"])
-@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "swapped"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("model.safetensors", "optimizer.safetensors", "train_state.json", "config.json")
+        for damage in ("bit", "cut", "missing", "swapped")
+        if (name, damage) != ("config.json", "swapped")  # every checkpoint of a run has the same one
+    ],
+)
 def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, config: TrainConfig, name: str, damage: str) -> None:
     """The one before is, and it is said; so the run ends as one that was never broken."""
     config = replace(config, keep_checkpoints=3)
     run(config, tmp_path / "run")
     unbroken = weights(tmp_path / "run" / "model")
     newest = tmp_path / "run" / "checkpoints" / "step_00000012"
-    if damage == "swapped" and name == "config.json":
-        pytest.skip("every checkpoint of a run has the same config.json")
     spoil(newest / name, damage)
     result, shown = run(config, tmp_path / "run", resume=True)
     assert result.finished
