@@ -65,8 +65,10 @@ INLINE void put(bf16* y, int64_t row, Quad one, Quad two) {
   std::memcpy(y + row, both + 4, sizeof both / 2);
 }
 
-// How far ahead of the bytes being used to ask for more: the next tile where rows are short, else within the row.
-inline int64_t prefetch_distance(int64_t row_bytes) { return row_bytes <= 4096 ? 4 * row_bytes : 1024; }
+// How far ahead of the bytes being used to ask for more: by whole tiles where rows are short, else within the row.
+inline int64_t prefetch_distance(int64_t row_bytes) {
+  return row_bytes <= 4096 ? pieces(3072, 4 * larger(1, row_bytes)) * 4 * row_bytes : 2048;
+}
 
 constexpr int64_t LINE = 64;  // bytes
 
