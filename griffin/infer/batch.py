@@ -23,6 +23,8 @@ from griffin.model import Griffin
 from griffin.ops.cpu.record import available
 from griffin.state import State
 
+_STEPS = 8  # kept on a CPU, for so many numbers of rows: another costs one step's Python, each keeps its logits
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
@@ -66,7 +68,7 @@ class Batch:
         # (N, V), from the first row on that needs them:
         self._seen: Tensor | None = None  # bool, which tokens the text holds, for the repetition penalty
         self._offset: Tensor | None = None  # fp32, what is added to logits
-        self._steps: dict[Any, DecodeStep] = {}
+        self._steps: dict[Any, DecodeStep] = {}  # the least recently used first
         self._grows = bool(self._state.growing())
         self._filters: dict[int, Filters] = {}  # of the rows as they are now, by the number of places shown
 
@@ -153,7 +155,7 @@ class Batch:
         """How many places a step for so many rows computes."""
         if not self._uniform.is_cuda and not available():
             return rows  # no step is kept, so none has to serve for several numbers
-        return min(_bucket(rows, exact=1 if self._uniform.is_cuda else 8), self.places)
+        return min(_bucket(rows, exact=1 if self._uniform.is_cuda else 16), self.places)
 
     def _take(
         self, rows: Sequence[Row], choice: Choice, faults: list[str | None], logits: Tensor | None = None
@@ -234,10 +236,13 @@ class Batch:
                 self._steps.clear()
         whole = self._uniform.is_cuda
         key = (places, self._kind()) if whole else places
-        if key not in self._steps:
+        step = self._steps.pop(key, None)
+        if step is None:
             then = partial(self._choose, places=places) if whole else None
-            self._steps[key] = DecodeStep(self.model, self._state.head(places), then)
-        step = self._steps[key]
+            step = DecodeStep(self.model, self._state.head(places), then)
+        self._steps[key] = step
+        if not whole and len(self._steps) > _STEPS:
+            del self._steps[next(iter(self._steps))]
         step.state.longest = max(row.position for row in self.rows)
         return step, whole
 
@@ -279,7 +284,10 @@ def place_bytes(model: Griffin) -> tuple[int, int]:
 
 
 def _bucket(rows: int, exact: int) -> int:
-    """Up to `exact` each number, up to 8 powers of 2, then steps of a quarter: 10, 12, 14, 16, 20, 24, 28, 32 ..."""
+    """Up to `exact` each number, up to 8 powers of 2, then four steps to the next: 10, 12, 14, 16, 20, 24, 28, 32 ...
+
+    Beyond some 8 rows a CPU's step takes as long as it has rows, and recording one costs little; a GPU's graph is dear.
+    """
     if rows <= exact:
         return rows
     power = 2 ** (rows - 1).bit_length()
