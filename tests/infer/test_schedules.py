@@ -142,8 +142,9 @@ class Schedule(RuleBasedStateMachine):
         chunk=st.sampled_from([1, 7, 64, 2048]),
         gap=st.sampled_from([1e-9, 10.0, float("inf")]),
         kept=st.booleans(),
+        speculate=st.booleans(),
     )
-    def begin(self, slots: int, chunk: int, gap: float, kept: bool) -> None:
+    def begin(self, slots: int, chunk: int, gap: float, kept: bool, speculate: bool) -> None:
         self.slots, self.asked = slots, list[Asked]()
         self.engine = Engine(
             self.model,
@@ -154,6 +155,7 @@ class Schedule(RuleBasedStateMachine):
             max_queue=5,
             poison=True,
             snapshots=Kept() if kept else None,
+            speculate=speculate,
         )
 
     @rule(
