@@ -79,6 +79,7 @@ class Batch:
         self._masks = ThreadPoolExecutor(1, "griffin-grammar")  # its thread begins with the first mask
         self._steps: dict[Any, DecodeStep] = {}  # the least recently used first
         self._grows = bool(self._state.growing())
+        self._lies: list[int] = []  # where the state lay when the steps were made, if it grows
         self._speculates = speculate and not self._grows
         self.guessed = self.accepted = 0  # tokens
         self._filters: dict[int, Filters] = {}  # of the rows as they are now, by the number of places shown
@@ -97,6 +98,7 @@ class Batch:
         for row, state in zip(rows, states, strict=True):
             place = len(self.rows)
             self._state.set_rows_([place], state)
+            self._forget_beyond(place, state)
             self._columns.set_(place, row.sampling)
             self._enter(place, row)
             self.rows.append(row)
@@ -282,6 +284,12 @@ class Batch:
             read_chunk(self.model, [state], [row.tokens[read:count]])
         return state
 
+    def _forget_beyond(self, place: int, state: State) -> None:
+        """Empty slots of global attention that a row has not: no query sees them, yet 0 times NaN is NaN."""
+        mine, theirs = self._state.tensors(), state.tensors()
+        for name in self._state.growing() if self._grows else ():
+            mine[name][place, theirs[name].shape[1] :] = 0
+
     def _enter(self, place: int, row: Row) -> None:
         """Fill the columns of (N, V) for a row that comes in."""
         V, device = self.model.config.vocab_size, self._uniform.device
@@ -324,11 +332,11 @@ class Batch:
     def _step_for(self, places: int) -> tuple[DecodeStep, bool]:
         """The step of so many places, and whether it chooses as well, as part of a CUDA graph."""
         if self._grows:  # before a view is taken: one that grows would have tensors of its own
-            longest = max(row.position for row in self.rows) + 1
-            before = self._state.tensors()
-            self._state.reserve_(longest)
-            if any(before[name] is not tensor for name, tensor in self._state.tensors().items()):
+            self._state.reserve_(max(row.position for row in self.rows) + 1)
+            lies = [tensor.data_ptr() for tensor in self._state.tensors().values()]
+            if lies != self._lies:  # it has grown, here or for a row that came in
                 self._steps.clear()
+                self._lies = lies
         whole = self._uniform.is_cuda
         key = (places, self._kind()) if whole else places
         step = self._steps.pop(key, None)
