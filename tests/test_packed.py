@@ -147,11 +147,11 @@ def test_what_a_row_holds_moves_no_bit_of_another(make_model: MakeModel, family:
 
 @torch.no_grad()
 def test_slots_of_nan_are_not_seen(make_model: MakeModel) -> None:
-    """A new row in a slot whose window was poisoned reads as in zeros."""
-    model, pieces = make_model(), texts([1, 5, W + 3])
-    states = [model.new_state(3) for _ in range(2)]
+    """A new row in a slot that was poisoned when it was freed reads as in zeros."""
+    model, pieces = make_model(), texts([1, 5, W + 3, 2])
+    states = [model.new_state(4) for _ in range(2)]
     for name, tensor in states[1].tensors().items():
-        if name.endswith(("keys", "values")):
+        if name != "position":
             tensor.fill_(torch.nan)
     for left, right in zip(*(packed(model, state, pieces) for state in states), strict=True):
         assert torch.equal(left, right)

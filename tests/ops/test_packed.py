@@ -161,6 +161,9 @@ def test_each_row_of_attention_is_what_it_is_alone_with_gradients(
     counts = [1, 0, 2, 16, 15, 17, 33, 1, 1, 5, 0]
     starting = [0, 9, 16, 0, 3, 100, 16, 40, 0, 1, 7]  # offset of each row's first token
     earlier = [0 if not n else s if window is None else min(s, window) for n, s in zip(counts, starting, strict=True)]
+    earlier[5] -= (
+        1  # not all that the row's first tokens might see is given: keys of the row before are not seen instead
+    )
     rows = packed_rows(counts, earlier, torch.device("cpu"))
     keys_of = slices([n + s for n, s in zip(counts, earlier, strict=True)])
     positions = torch.cat([torch.arange(s, s + n) for n, s in zip(counts, starting, strict=True)])[None]
