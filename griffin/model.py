@@ -83,8 +83,9 @@ class Conv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, 1, taps))  # weight[:, 0, -1] multiplies the current token
         self.bias = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, state: Tensor | None, reset: Tensor) -> tuple[Tensor, Tensor]:
-        return causal_conv1d(x, self.weight[:, 0], self.bias, state, reset)
+    def forward(self, x: Tensor, state: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
+        offsets = None if span.packing is None else span.packing.offsets
+        return causal_conv1d(x, self.weight[:, 0], self.bias, state, span.reset, offsets=offsets)
 
 
 class RGLRU(nn.Module):
@@ -114,6 +115,7 @@ class RGLRU(nn.Module):
             self.recurrent_param,
             h0,
             span.reset,
+            offsets=None if span.packing is None else span.packing.offsets,
             max_sqrt_gradient=self.max_sqrt_gradient,
             unscaled_first_token=self.unscaled_first_token,
         )
@@ -134,14 +136,14 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
         y = self.linear_y(x)  # (B, T, R)
         inputs = self.linear_x(x)  # (B, T, R)
-        if state is not None and x.shape[1] == 1 and span.lengths is None:
+        if state is not None and x.shape[1] == 1 and span.lengths is None and span.packing is None:
             out = self._one_token(inputs[:, 0], y[:, 0], state, span.reset[:, 0])
             if out is not None:
                 return self.linear_out(out[:, None])
         conv, h0 = (None, None) if state is None else (state.conv, state.h)
         if conv is not None and torch.is_grad_enabled():
             conv = conv.clone()  # kept for the backward pass, while update_ below writes the original
-        x, last_conv = self.conv_1d(inputs, conv, span.reset)
+        x, last_conv = self.conv_1d(inputs, conv, span)
         h, last_h = self.rg_lru(x, h0, span)
         if state is not None:
             if span.lengths is not None:
@@ -180,6 +182,10 @@ class LocalAttention(nn.Module):
         q, k = rope(q, span.cos, span.sin), rope(k, span.cos, span.sin)
         if state is None:
             out = local_attention(q, k, v, span.positions, self.window, span.documents)
+        elif span.packing is not None:
+            keys, values = state.packed(k, v, span.packing.earlier, span.packing.sizes)
+            out = local_attention(q, keys, values, span.positions, self.window, rows=span.packing.rows)
+            state.write_(k, v, span.packing.kept, span.packing.last)
         elif x.shape[1] == 1 and not torch.is_grad_enabled():  # a gradient would need the slots as they are now
             state.update_(k, v, span.positions, span.lengths)
             out = ring_attention(q, state.keys, state.values, span.positions)
@@ -299,6 +305,7 @@ class Griffin(nn.Module):
         *,
         positions: Tensor | None = None,
         lengths: Tensor | None = None,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Run every layer over T tokens of B rows.
 
@@ -310,6 +317,9 @@ class Griffin(nn.Module):
                 is seen. None: each row goes on where the state stands, or starts at 0.
             lengths: (B,) how many tokens of each row count, from the left, 0 .. T. The rest is padding of any value:
                 it changes neither the state nor any result before it, and its own results mean nothing. None: all.
+            offsets: (B + 1,) on the CPU, rising from 0 to T, of packed rows: tokens is (1, T), and row b of the state
+                goes on with tokens offsets[b] .. offsets[b + 1], which may be none. Rows of any lengths are read in one
+                pass without padding. Without positions and lengths. None: a row of tokens for each row of the state.
 
         Returns:
             (B, T, D) in the activation dtype: the input of `logits`.
@@ -318,7 +328,7 @@ class Griffin(nn.Module):
             ValueError: shapes, dtypes or values do not fit the model or the state (values are checked on a CPU only;
                 on a GPU that would wait for the device).
         """
-        span = span_of(self.config, tokens, state, positions, lengths, self.activation_dtype)
+        span = span_of(self.config, tokens, state, positions, lengths, offsets, self.activation_dtype)
         if span.padding is not None:
             tokens = tokens.masked_fill(span.padding, 0)
         hidden = self.run(tokens, state, span)

@@ -1,18 +1,31 @@
-"""The tokens of one call as the layers see them: positions, resets, padding, angles."""
+"""The tokens of one call as the layers see them: positions, resets, padding, packing, angles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from griffin.config import GriffinConfig
 from griffin.ops import next_positions_, rope_table
-from griffin.ops.attention import Plan, plan
+from griffin.ops.attention import Plan, Rows, packed_rows, plan
 from griffin.state import State
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where B rows lie that are packed in one row of T tokens, and what attention reads and writes of their state."""
+
+    offsets: Tensor  # (B + 1,) int64: row b is tokens offsets[b] .. offsets[b + 1]
+    rows: Rows  # likewise, with the keys
+    sizes: tuple[int, ...]  # earlier keys and own tokens of each row, in turn
+    earlier: tuple[Tensor, Tensor]  # (M,) each: row and offset of the earlier tokens that some query sees
+    last: Tensor  # (L,) which of the T tokens the window keeps
+    kept: tuple[Tensor, Tensor]  # (L,) each: their row and offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +42,7 @@ class Span:
     earlier: int  # tokens before the call that some query may see
     longest: int  # State.longest after the call
     documents: Plan | None = None  # what local_attention asks once for all layers
+    packing: Packing | None = None  # None: a row of tokens for each row of the state
 
 
 def span_of(
@@ -37,6 +51,7 @@ def span_of(
     state: State | None,
     positions: Tensor | None,
     lengths: Tensor | None,
+    offsets: Tensor | None,
     dtype: torch.dtype,
 ) -> Span:
     """Check the arguments of `Griffin.forward` before anything is written, and derive what the layers share.
@@ -46,6 +61,11 @@ def span_of(
     if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}; it must be (B, T>0) int64 or int32")
     B, T = tokens.shape
+    if offsets is not None:
+        _check_offsets(offsets, tokens, state, positions, lengths)
+        if state is not None:
+            return _packed(config, tokens, state, offsets, dtype)
+        positions = _each(offsets.to(torch.int64).diff())[1][None].to(tokens.device)  # as in training: nothing is kept
     if state is not None and state.batch_size != B:
         raise ValueError(f"tokens has {B} rows, the state {state.batch_size}: use new_state({B}) or rows()")
     for name, tensor, shape in (("positions", positions, (B, T)), ("lengths", lengths, (B,))):
@@ -87,6 +107,70 @@ def span_of(
         at = positions if padding is None else positions.masked_fill(padding, 1)  # padding starts no document
         documents = plan(at, earlier, packed=packed)
     return Span(start, positions, reset, lengths, padding, cos, sin, earlier, longest, documents)
+
+
+def _packed(config: GriffinConfig, tokens: Tensor, state: State, offsets: Tensor, dtype: torch.dtype) -> Span:
+    """Give the span of packed rows that go on from a state. On a GPU this waits once, for the state's positions."""
+    if torch.is_grad_enabled():
+        _check_gradients(state)
+    if tokens.device.type == "cpu":
+        check_tokens(tokens, config.vocab_size)
+    # All of it is reckoned on the host, where sizes are needed.
+    start, offsets = state.position.to("cpu"), offsets.to(torch.int64)
+    counts = offsets.diff()
+    row, token = _each(counts)
+    positions = start[row] + token
+    longest = max(state.longest, int(positions.max()) + 1)
+    window = state.longest if config.window is None else config.window
+    if "attention" not in config.block_types:
+        window = 0
+    seen = start.clamp(0, min(state.longest, window)) * (counts > 0)
+    earlier_row, earlier = _each(seen)
+    last = torch.arange(len(row), dtype=torch.int64, device="cpu")
+    if config.window is not None:
+        last = last[counts[row] - token <= config.window + 1]
+    device = tokens.device
+    packing = Packing(
+        offsets.to(device),
+        packed_rows(counts.tolist(), seen.tolist(), device),
+        tuple(torch.stack([seen, counts], dim=1).flatten().tolist()),
+        (earlier_row.to(device), (start - seen)[earlier_row].add_(earlier).to(device)),
+        last.to(device),
+        (row[last].to(device), positions[last].to(device)),
+    )
+    positions = positions[None].to(device)
+    cos, sin = rope_table(positions, config.rope_width, config.rope_base, torch.promote_types(dtype, torch.float32))
+    state.reserve_(longest)
+    return Span(
+        *(state.position, positions, positions == 0, None, None, cos, sin),
+        earlier=int(seen.max()),
+        longest=longest,
+        packing=packing,
+    )
+
+
+def _each(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay counts[b] things of every row b one after another: of each its row, and which of its row's it is."""
+    row = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int64, device="cpu"), counts)
+    return row, torch.arange(len(row), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[row]
+
+
+def _check_offsets(
+    offsets: Tensor, tokens: Tensor, state: State | None, positions: Tensor | None, lengths: Tensor | None
+) -> None:
+    B, T = tokens.shape
+    if positions is not None or lengths is not None:
+        raise ValueError("offsets say where rows begin and end: they go without positions and lengths")
+    if offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _WHOLE or offsets.device.type != "cpu":
+        raise ValueError(
+            f"offsets is {tuple(offsets.shape)} {offsets.dtype} on {offsets.device}; it must be (rows + 1,) whole "
+            "numbers on the CPU: what they are decides sizes"
+        )
+    values = offsets.tolist()
+    if B != 1 or values[0] != 0 or values[-1] != T or any(stop < start for start, stop in pairwise(values)):
+        raise ValueError(f"tokens is {(B, T)} and offsets {values}; it must be (1, T) and they rise from 0 to T")
+    if state is not None and state.batch_size != len(values) - 1:
+        raise ValueError(f"offsets have {len(values) - 1} rows, the state {state.batch_size}")
 
 
 def _longest_after(config: GriffinConfig, state: State, lengths: Tensor | None, T: int) -> int:
@@ -140,7 +224,9 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 def advance_(state: State, span: Span) -> None:
     """Let the state stand after the tokens of a call."""
-    if span.lengths is None:
+    if span.packing is not None:
+        after = state.position + span.packing.offsets.diff()
+    elif span.lengths is None:
         after = span.positions[:, -1] + 1
     else:
         last = (span.lengths - 1).clamp(min=0)[:, None]

@@ -85,6 +85,37 @@ class AttentionState:
         self.keys.copy_(torch.where(used, keys.gather(1, index), self.keys))
         self.values.copy_(torch.where(used, values.gather(1, index), self.values))
 
+    def packed(
+        self, keys: Tensor, values: Tensor, tokens: tuple[Tensor, Tensor], sizes: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Give keys and values (1, M + T, G, K) of packed rows: of each its earlier tokens, then its own.
+
+        Args:
+            keys, values: (1, T, G, K), the rows' own.
+            tokens: row and offset, (M,) each, of the earlier tokens, row by row and in order of time.
+            sizes: how many of both each row has, in turn: 2B numbers.
+        """
+        rows, positions = tokens
+        S = self.keys.shape[1]
+        both = []
+        for ring, own in ((self.keys, keys), (self.values, values)):
+            earlier = ring.flatten(0, 1).index_select(0, rows * S + positions % S) if S else own[0, :0]
+            pieces = zip(earlier.split(sizes[::2]), own[0].split(sizes[1::2]), strict=True)
+            both.append(torch.cat([piece for pair in pieces for piece in pair])[None])
+        return both[0], both[1]
+
+    def write_(self, keys: Tensor, values: Tensor, tokens: tuple[Tensor, Tensor], index: Tensor) -> None:
+        """Write some tokens of packed rows, no two of a row to one slot.
+
+        Args:
+            keys, values: (1, T, G, K).
+            tokens: row and offset, (M,) each.
+            index: (M,) which of the T they are.
+        """
+        rows, slots = tokens[0], tokens[1] % self.keys.shape[1]
+        self.keys[rows, slots] = keys.detach()[0, index]
+        self.values[rows, slots] = values.detach()[0, index]
+
     @torch.inference_mode(False)  # what is made here must be writable outside inference mode too
     @torch.no_grad()
     def reserve_(self, slots: int) -> None:

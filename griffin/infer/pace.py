@@ -67,19 +67,6 @@ def share(tenants: Sequence[str], wants: Sequence[int], budget: int | None, most
     return given
 
 
-def passes(counts: Sequence[int]) -> list[list[int]]:
-    """Put pieces of so many tokens into as few groups as have at most as much padding as text; their indices."""
-    groups: list[list[int]] = []
-    for index in sorted(range(len(counts)), key=lambda i: -counts[i]):
-        group = groups[-1] if groups else []
-        text = sum(counts[i] for i in group) + counts[index]
-        if group and 2 * text >= (len(group) + 1) * counts[group[0]]:
-            group.append(index)
-        else:
-            groups.append([index])
-    return groups
-
-
 def _fill(wants: Sequence[int], budget: int) -> list[int]:
     """Give each the same, but for those who want less; the earlier ones get what does not divide."""
     given, left = [0] * len(wants), budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ def prefill(
 ) -> Tensor:
     """Read the rows' tokens; the state is advanced in place.
 
-    Memory is that of one chunk, whatever the lengths. A row that has been read leaves the batch, so that a long prompt
-    beside short ones costs what it costs alone.
+    Memory is that of one chunk, whatever the lengths. No row is padded: a long prompt beside short ones costs what it
+    costs alone.
 
     Args:
         model: the model.
@@ -44,43 +45,33 @@ def prefill(
         raise ValueError(f"prefill_chunk={chunk} must be at least 1")
     if len(prompts) != state.batch_size or not all(map(len, prompts)):
         raise ValueError(f"prompts of {[len(p) for p in prompts]} tokens for {state.batch_size} rows; each needs one")
-    last: list[Tensor | None] = [None] * len(prompts)
-    rows, part, start = list(range(len(prompts))), state, 0  # `part` holds `rows`; all have read `start` tokens
+    last = torch.zeros(len(prompts), model.config.width, dtype=model.activation_dtype, device=state.position.device)
     total = sum(map(len, prompts))
     if progress is not None:
         progress(0, total)
-    while rows:
-        pieces = [prompts[row][start : start + chunk] for row in rows]
-        hidden = _read(model, part, pieces)
-        start += chunk
-        for index, row in enumerate(rows):
-            if start >= len(prompts[row]):
-                last[row] = hidden[index, len(pieces[index]) - 1].clone()  # not a view: the chunk must not stay
-        going = [index for index, row in enumerate(rows) if start < len(prompts[row])]
-        if len(going) < len(rows):
-            if part is not state:
-                state.set_rows_(rows, part)
-            part = part.rows(going) if going else part
-            rows = [rows[index] for index in going]
+    for start in range(0, max(map(len, prompts), default=0), chunk):
+        pieces = [prompt[start : start + chunk] for prompt in prompts]
+        for row, hidden in enumerate(_read(model, state, pieces)):
+            if start < len(prompts[row]) <= start + chunk:
+                last[row] = hidden[-1]
         if progress is not None:
-            progress(sum(min(start, len(prompt)) for prompt in prompts), total)
-    found = [hidden for hidden in last if hidden is not None]
-    return torch.stack(found) if found else model.embedding.new_zeros(0, model.config.width)
+            progress(sum(min(start + chunk, len(prompt)) for prompt in prompts), total)
+    return last
 
 
 @torch.no_grad()
 def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequence[int]]) -> list[Tensor]:
     """Read one piece of each row in one pass; the states, one row each, are advanced in place.
 
-    Rows that are shorter than the longest are padded, which costs time and changes nothing.
+    They lie one after another in the pass: short ones share its products, and none is padded.
 
     Returns:
         For each piece, (T, D) what the model made of its T tokens: a view of the chunk.
     """
     if len(states) == 1:
-        return [_read(model, states[0], pieces)[0]]
+        return _read(model, states[0], pieces)
     together = _together(model, states)
-    hidden = _read(model, together, pieces)
+    found = _read(model, together, pieces)
     joined = together.tensors()
     for row, (state, piece) in enumerate(zip(states, pieces, strict=True)):
         longest = state.longest + len(piece)
@@ -90,7 +81,7 @@ def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequenc
             for name, tensor in state.tensors().items():
                 tensor.copy_(joined[name][row : row + 1])
         state.longest = longest  # not that of its neighbours
-    return [hidden[row, : len(piece)] for row, piece in enumerate(pieces)]
+    return found
 
 
 def _together(model: Griffin, states: Sequence[State]) -> State:
@@ -107,11 +98,11 @@ def _together(model: Griffin, states: Sequence[State]) -> State:
     return together
 
 
-def _read(model: Griffin, state: State, pieces: Sequence[Sequence[int]]) -> Tensor:
-    """Read a piece of each row of one state: (B, T, D), padded to the longest."""
-    lengths, device = [len(piece) for piece in pieces], state.position.device
-    T = max(lengths)
-    padded = [[*piece, *([0] * (T - len(piece)))] for piece in pieces]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-    ragged = torch.tensor(lengths, dtype=torch.int64, device=device) if min(lengths) < T else None
-    return model(tokens, state, lengths=ragged)
+def _read(model: Griffin, state: State, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Read a piece of each row of one state in one pass: of each, (T, D). A row whose piece is empty stays as it is."""
+    counts = [len(piece) for piece in pieces]
+    tokens = torch.tensor(list(chain.from_iterable(pieces)), dtype=torch.int64, device=state.position.device)
+    if min(counts) == max(counts):  # nothing is ragged
+        return list(model(tokens.view(len(counts), -1), state))
+    offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64, device="cpu")
+    return list(model(tokens[None], state, offsets=offsets)[0].split(counts))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from griffin.infer.handle import Handle
-from griffin.infer.pace import passes
 from griffin.infer.prefill import read_chunk
 from griffin.infer.sampling import logprobs_of
 from griffin.model import Griffin
@@ -67,9 +66,9 @@ class Reader:
 
 
 def read(model: Griffin, readers: Sequence[Reader], counts: Sequence[int]) -> None:
-    """Read so many tokens of each prompt, several in one pass where that pays."""
-    for group in passes(counts):
-        some = [readers[index] for index in group]
-        pieces = [reader.tokens[: counts[index]] for reader, index in zip(some, group, strict=True)]
-        for reader, hidden in zip(some, read_chunk(model, [each.state for each in some], pieces), strict=True):
+    """Read so many tokens of each prompt, all in one pass."""
+    some = [(reader, reader.tokens[:count]) for reader, count in zip(readers, counts, strict=True) if count]
+    if some:
+        found = read_chunk(model, [reader.state for reader, _ in some], [piece for _, piece in some])
+        for (reader, _), hidden in zip(some, found, strict=True):
             reader.took(model, hidden)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops import device, flash
+from griffin.ops import device, flash, packed
 from griffin.ops.op import differentiable
 
 # Queries that share one slab of keys: T * (W + QUERY_CHUNK) scores are computed, never T * T.
 QUERY_CHUNK = 256
 
 Plan = flash.Sequences  # of one call, for all its layers
+Rows = flash.Sequences  # packed rows: where the queries and the keys of each lie
 
 
 def plan(positions: Tensor, earlier: int, *, packed: bool) -> Plan | None:
@@ -31,6 +34,14 @@ def plan(positions: Tensor, earlier: int, *, packed: bool) -> Plan | None:
     return flash.sequences(positions, earlier, inside=packed)
 
 
+def packed_rows(counts: Sequence[int], earlier: Sequence[int], device: torch.device) -> Rows:
+    """Say where packed rows lie, once for all layers: row b has counts[b] queries and earlier[b] + counts[b] keys."""
+    keys = [own + before for own, before in zip(counts, earlier, strict=True)]
+    ends = [[0, *accumulate(sizes)] for sizes in (counts, keys)]
+    queries_at, keys_at = torch.tensor(ends, dtype=torch.int32, device="cpu").to(device)
+    return Rows(queries_at, keys_at, max(counts, default=0), max(keys, default=0))
+
+
 def by_sequences(device: torch.device) -> bool:
     """Whether attention goes by sequences (flash attention's) and not by positions."""
     return device.type == "cuda"
@@ -43,6 +54,7 @@ def local_attention(
     positions: Tensor,
     window: int | None,
     documents: Plan | None = None,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Compute softmax(q_t . k_j / sqrt(K)) v_j over the keys j that token t sees.
 
@@ -59,12 +71,15 @@ def local_attention(
         window: W, or None to see the whole document.
         documents: what `plan` gave for these positions and S. None: made here where it is needed, which may wait for
             the device.
+        rows: what `packed_rows` gave, of packed rows: queries and positions are (1, T, ...), keys and values those of
+            one row after another, its earlier tokens before its own. No document may start after a row's first token.
+            None: rows are as long as each other.
 
     Returns:
         (B, T, H, K) in queries.dtype. The softmax is in fp32 (fp64 for fp64).
 
-    Keys and values that a token does not see must be finite: they get weight 0, and 0 * NaN is NaN. A gradient for
-    queries, keys and values. Time O(T * (W + 256)); memory for scores never grows with T when W is given.
+    Keys and values that a token does not see, of its own row, must be finite: they get weight 0, and 0 * NaN is NaN. A
+    gradient for queries, keys and values. Time O(T * (W + 256)); memory for scores never grows with T when W is given.
 
     Raises:
         ValueError: shapes or dtypes disagree.
@@ -81,14 +96,32 @@ def local_attention(
         raise ValueError(f"positions is {tuple(positions.shape)}; these queries need {(B, T)}")
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1, or None for global attention")
+    if rows is not None:
+        return _packed(queries, keys, values, positions, window, rows)
     if by_sequences(queries.device):
         cut = flash.unpacked(documents)
         return torch.ops.griffin.local_attention_cuda(queries, keys, values, positions, window, *cut)
     kernels = device.kernels("local_attention", queries, keys, values, positions)
     if kernels is None:
         return _local_attention(queries, keys, values, positions, window)
-    inputs = (queries, keys, values, positions, window)
+    inputs = (queries, keys, values, positions, window, None)
     return differentiable(kernels.local_attention, kernels.local_attention_backward, *inputs)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None, rows: Rows) -> Tensor:
+    if by_sequences(q.device):
+        if q.numel() and (kernels := device.kernels("local_attention", q, k, v, size=q.shape[3])) is not None:
+            out: Tensor = kernels.flash_attention(q, k, v, positions, window, *flash.unpacked(rows))[0]
+            return out
+    elif (kernels := device.kernels("local_attention", q, k, v, positions)) is not None:
+        inputs = (q, k, v, positions, window, rows)
+        return differentiable(kernels.local_attention, kernels.local_attention_backward, *inputs)
+    outputs = []
+    keys_of = list(pairwise(rows.keys.tolist()))
+    for b, own in packed.rows(rows.queries):
+        seen = slice(*keys_of[b])
+        outputs.append(_local_attention(q[:, own], k[:, seen], v[:, seen], positions[:, own], window))
+    return torch.cat(outputs, dim=1)
 
 
 def ring_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:

@@ -7,11 +7,18 @@ from torch import Tensor
 
 from griffin.ops import device
 from griffin.ops.op import opaque
+from griffin.ops.packed import check_offsets, each_alone
 from griffin.ops.scan import accumulation_dtype
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None = None, reset: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y_t = bias + sum over s = 0 .. N-1 of weight[:, N-1-s] * x_{t-s}, channel by channel.
 
@@ -24,6 +31,8 @@ def causal_conv1d(
         bias: (R,) as weight.
         state: (B, N-1, R) in x.dtype, the inputs before the first token, oldest first; None means zeros.
         reset: (B, T) bool, True where a document starts. None means nowhere.
+        offsets: (B + 1,) int64, rising from 0 to T, of packed rows: x, reset and y are (1, T, ...), and row b is tokens
+            offsets[b] .. offsets[b + 1], from state[b] on. None: rows are as long as each other.
 
     Returns:
         y: (B, T, R) in x.dtype.
@@ -32,7 +41,7 @@ def causal_conv1d(
     Gradients for x, weight, bias and state, through both results.
 
     Raises:
-        ValueError: T is 0, or shapes or dtypes disagree.
+        ValueError: T is 0, shapes or dtypes disagree, or offsets do not cut T (values are checked on a CPU only).
 
     Source: Griffin, arXiv:2402.19427, section 2.3; the document rule, Google's Conv1D.
     """
@@ -42,14 +51,30 @@ def causal_conv1d(
         )
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}; this weight needs {tuple(weight.shape[:1])}")
-    before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+    if offsets is not None:
+        check_offsets(offsets, x)
+    before = (x.shape[0] if offsets is None else len(offsets) - 1, weight.shape[1] - 1, x.shape[2])
     if state is None:
         state = x.new_zeros(before)
     elif state.shape != before or state.dtype != x.dtype:
         raise ValueError(f"state is {tuple(state.shape)} {state.dtype}; this x and weight need {before} {x.dtype}")
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
+    if offsets is not None:
+        return _packed(x, weight, bias, state, reset, offsets)
     return _causal_conv1d(x, weight, bias, state, reset)
+
+
+def _packed(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    if (kernels := device.kernels("packed_causal_conv1d", x, state, offsets, size=weight.shape[1])) is not None:
+        return kernels.packed_causal_conv1d(x, weight, bias, state, reset, offsets)
+
+    def alone(tokens: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        return _causal_conv1d(x[:, tokens], weight, bias, state, None if reset is None else reset[:, tokens])
+
+    return each_alone(alone, state, offsets)
 
 
 def _fake_backward(dy, dlast, x, weight, state, reset):  # type: ignore[no-untyped-def]

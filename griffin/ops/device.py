@@ -66,6 +66,12 @@ OPS = {
     "linear_scan": Op("a loop over time", _cpu("recurrence"), _triton("linear_scan")),
     "rg_lru": Op("a loop over time", _cpu("recurrence"), _triton("rg_lru")),
     "causal_conv1d": Op("one product per tap", _cpu("recurrence", *_TAPS), _triton("causal_conv1d", *_TAPS)),
+    "packed_rg_lru": Op("rg_lru of each row", _cpu("recurrence", False), _triton("rg_lru", False)),
+    "packed_causal_conv1d": Op(
+        "causal_conv1d of each row",
+        _cpu("recurrence", False, 8, "at most 8 taps"),
+        _triton("causal_conv1d", False, 8, "at most 8 taps"),
+    ),
     "recurrent_step_": Op("the ops it joins", None, _triton("recurrent_step", False)),
     "local_attention": Op("scaled_dot_product_attention, in blocks of queries", _cpu("attention"), FLASH),
     "ring_attention": Op(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from griffin.ops import device
 from griffin.ops.chunk import CHUNK
 from griffin.ops.op import opaque
+from griffin.ops.packed import check_offsets, each_alone
 from griffin.ops.scan import forgotten, initial_state, reverse_scan, scan, steps
 
 C = 8.0  # "c is a scalar-valued constant set to 8" (Griffin, after eq. 3)
@@ -25,6 +26,7 @@ def rg_lru(
     h0: Tensor | None = None,
     reset: Tensor | None = None,
     *,
+    offsets: Tensor | None = None,
     max_sqrt_gradient: float | None = 1000.0,
     unscaled_first_token: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,9 @@ def rg_lru(
         recurrent_param: (R,) any floating dtype; softplus of it is -log a at r = 1/8. It is -Lambda of the paper.
         h0: (B, R) fp32 (fp64 for fp64), the state before the first token; None means zeros.
         reset: (B, T) bool, True where a document starts: h_{t-1} is forgotten. None means nowhere.
+        offsets: (B + 1,) int64, rising from 0 to T, of packed rows: x and all that has its shape, reset and y are
+            (1, T, ...), and row b is tokens offsets[b] .. offsets[b + 1], from h0[b] on. A row without tokens keeps
+            its state. None: rows are as long as each other.
         max_sqrt_gradient: bound of the derivative of the square root in the backward pass; None means no bound.
         unscaled_first_token: whether the factor of a reset token is 1.
 
@@ -57,7 +62,7 @@ def rg_lru(
     Gradients for x, both gates, recurrent_param and h0, through y and h_last.
 
     Raises:
-        ValueError: T is 0, or shapes or dtypes disagree.
+        ValueError: T is 0, shapes or dtypes disagree, or offsets do not cut T (values are checked on a CPU only).
 
     Source: Griffin, arXiv:2402.19427, section 2.4; the bound, RecurrentGemma, arXiv:2404.07839, section 2.
     """
@@ -70,11 +75,38 @@ def rg_lru(
         raise ValueError(f"recurrent_param is {tuple(recurrent_param.shape)}; this x needs {tuple(x.shape[2:])}")
     if reset is not None and (reset.shape != x.shape[:2] or reset.dtype != torch.bool):
         raise ValueError(f"reset is {tuple(reset.shape)} {reset.dtype}; this x needs {tuple(x.shape[:2])} torch.bool")
-    h0 = initial_state(x, h0)
+    if offsets is not None:
+        check_offsets(offsets, x)
+    h0 = initial_state(x, h0, None if offsets is None else len(offsets) - 1)
     bound = float("inf") if max_sqrt_gradient is None else max_sqrt_gradient
     gates = (input_gate, recurrent_gate)
+    if offsets is not None:
+        return _packed(x, *gates, recurrent_param, h0, reset, offsets, bound, unscaled_first_token)
     y, h_last, _ = _rg_lru(x, *gates, recurrent_param, h0, reset, bound, unscaled_first_token)
     return y, h_last
+
+
+def _packed(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrent_gate: Tensor,
+    recurrent_param: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    offsets: Tensor,
+    bound: float,
+    unscaled_first_token: bool,
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, input_gate, recurrent_gate, recurrent_param, h0)
+    if (kernels := device.kernels("packed_rg_lru", *inputs, offsets)) is not None:
+        return kernels.packed_rg_lru(*inputs, reset, offsets, unscaled_first_token)
+
+    def alone(tokens: slice, h: Tensor) -> tuple[Tensor, Tensor]:
+        row = (x[:, tokens], input_gate[:, tokens], recurrent_gate[:, tokens], recurrent_param, h)
+        y, h, _ = _rg_lru(*row, None if reset is None else reset[:, tokens], bound, unscaled_first_token)
+        return y, h
+
+    return each_alone(alone, h0, offsets)
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]

@@ -40,9 +40,9 @@ def linear_scan(x: Tensor, a: Tensor, h0: Tensor | None = None) -> tuple[Tensor,
     return _linear_scan(x, a, initial_state(x, h0))
 
 
-def initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
-    """Give h0 checked, or zeros (B, R) in the accumulation dtype of x."""
-    shape, dtype = (x.shape[0], x.shape[2]), accumulation_dtype(x)
+def initial_state(x: Tensor, h0: Tensor | None, B: int | None = None) -> Tensor:
+    """Give h0 checked, or zeros (B, R) in the accumulation dtype of x; B is that of x, or said."""
+    shape, dtype = (x.shape[0] if B is None else B, x.shape[2]), accumulation_dtype(x)
     if h0 is None:
         return x.new_zeros(shape, dtype=dtype)
     if h0.shape != shape or h0.dtype != dtype:

@@ -52,7 +52,13 @@ def test_a_folder_goes_before_a_preset(
 
 
 def test_what_serves_every_op_is_shown() -> None:
-    assert {row.op for row in serving("cpu")} == {*ops.__all__, "quantized_linear_many", "product"}
+    assert {row.op for row in serving("cpu")} == {
+        *ops.__all__,
+        "quantized_linear_many",
+        "product",
+        "packed_rg_lru",
+        "packed_causal_conv1d",
+    }
     available, reason = library.status()
     rows = {row.op: row for row in serving("cpu")}
     assert (rows["rg_lru"].kernel == "ours") == available

@@ -134,8 +134,8 @@ def test_the_table_of_an_fp64_model_is_in_fp64(make_model: Callable[..., Griffin
         model = make_model(dtype=dtype)
         state, tokens = model.new_state(1), torch.ones(1, 3, dtype=torch.int64)
         for span in (
-            span_of(model.config, tokens, None, None, None, model.activation_dtype),
-            span_of(model.config, tokens, state, None, None, model.activation_dtype),
+            span_of(model.config, tokens, None, None, None, None, model.activation_dtype),
+            span_of(model.config, tokens, state, None, None, None, model.activation_dtype),
             next_span_(model.config, state, model.activation_dtype),
         ):
             assert span.cos.dtype == span.sin.dtype == wanted

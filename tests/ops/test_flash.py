@@ -291,6 +291,27 @@ def test_chunks_of_a_prompt_and_padding(make_model: Callable[..., Griffin], monk
 
 
 @pytest.mark.usefixtures("_for_cpu")
+def test_packed_rows_are_sequences(make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any lengths, beyond the window, one without tokens: one call of flash attention a layer, gradients too."""
+    called = Counted(forward)
+    monkeypatch.setattr(flash, "_forward", called)
+    model, ids = make_model(window=16, dtype=torch.float64), torch.randint(0, 259, (3, 60))
+    wanted = _by_definition(model, ids)
+    state = model.new_state(3)
+    with library.without_kernels():
+        with torch.no_grad():
+            model(torch.cat([ids[0, :3], ids[1, :25]])[None], state, offsets=torch.tensor([0, 3, 28, 28]))
+        called.calls = 0
+        found = model(
+            torch.cat([ids[0, 3:43], ids[1, 25:26], ids[2, :5]])[None], state, offsets=torch.tensor([0, 40, 41, 46])
+        )
+    expected = torch.cat([wanted[0, 3:43], wanted[1, 25:26], wanted[2, :5]])[None]
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert called.calls == model.config.block_types.count("attention")
+    assert torch.isfinite(torch.autograd.grad(found.square().sum(), model.embedding)[0]).all()
+
+
+@pytest.mark.usefixtures("_for_cpu")
 def test_padding_starts_no_documents(make_model: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch) -> None:
     model, positions = make_model(), rows(20, [(0, [4]), (0, [])])
     positions[1, 5:] = 0

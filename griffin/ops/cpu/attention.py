@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from griffin.ops.cpu.library import Kernel, empty_like
+from griffin.ops.flash import Sequences
 
 SLOTS = 64  # of csrc/attention.cpp
 # 2 MB of scores stay in a core's cache between the product that makes them and the one that uses them; with fewer
@@ -37,10 +40,10 @@ def ring_write_(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, positions: T
 
 
 def local_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None
-) -> tuple[Tensor, tuple[Tensor | int | None, ...]]:
+    queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None, packed: Sequences | None
+) -> tuple[Tensor, tuple[Tensor | int | Sequences | None, ...]]:
     (B, _, H, K), G, out = queries.shape, keys.shape[2], empty_like(queries)
-    blocks = _blocks(queries, keys, positions, window)
+    blocks = _blocks(queries, keys, positions, window, packed)
     scratch = _scratch(blocks, H)
     for b in range(B):
         k, v = _by_head(keys[b]), _by_head(values[b])  # (G, S + T, K)
@@ -49,7 +52,7 @@ def local_attention(
             torch.bmm(block.rows(queries[b], G), block.seen(k).mT, out=scores)
             _softmax_forward(torch.float32, scores, block.first, K**-0.5, *block.sizes(scores, H))
             block.put(out[b], torch.bmm(scores, block.seen(v)))
-    return out, (queries, keys, values, positions, window)
+    return out, (queries, keys, values, positions, window, packed)
 
 
 def local_attention_backward(
@@ -60,6 +63,7 @@ def local_attention_backward(
     values: Tensor,
     positions: Tensor,
     window: int | None,
+    packed: Sequences | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute P = softmax(S) again, S = Q K^T / sqrt(K), and the gradients of the inputs `needed`.
 
@@ -68,7 +72,7 @@ def local_attention_backward(
     (B, _, H, K), G = queries.shape, keys.shape[2]
     dq = empty_like(queries) if needed[0] else None
     dk, dv = (keys.new_zeros(keys.shape, dtype=torch.float32) if need else None for need in needed[1:3])
-    blocks = _blocks(queries, keys, positions, window)
+    blocks = _blocks(queries, keys, positions, window, packed)
     scratch, other = _scratch(blocks, H), _scratch(blocks, H)
     for b in range(B):
         k, v = _by_head(keys[b]), _by_head(values[b])
@@ -127,15 +131,32 @@ class _Block:
         return self.left, self.right - self.left - n, G, n, H // G, m
 
 
-def _blocks(queries: Tensor, keys: Tensor, positions: Tensor, window: int | None) -> list[list[_Block]]:
-    """Cut each row of the batch."""
-    (_, T, H, _), length = queries.shape, keys.shape[1]
-    earlier = length - T
+def _blocks(
+    queries: Tensor, keys: Tensor, positions: Tensor, window: int | None, packed: Sequences | None
+) -> list[list[_Block]]:
+    """Cut each row of the batch, and of packed rows each."""
+    B, T, H, _ = queries.shape
     seen = positions.to(torch.int64).contiguous().clamp(min=0, max=window)
-    first = (torch.arange(earlier, length, dtype=torch.int64, device="cpu") - seen).clamp_(min=0)  # (B, T)
+    pieces = [((0, T), (0, keys.shape[1]))]
+    if packed is not None:
+        pieces = list(zip(*(pairwise(cut.tolist()) for cut in (packed.queries, packed.keys)), strict=True))
+    return [
+        [block for own, seen_keys in pieces for block in _blocks_of(seen[b], own, seen_keys, H, window)]
+        for b in range(B)
+    ]
+
+
+def _blocks_of(
+    seen: Tensor, own: tuple[int, int], keys: tuple[int, int], H: int, window: int | None
+) -> Iterator[_Block]:
+    """Cut a row: its tokens own[0] .. own[1] have the last of its keys, keys[0] .. keys[1]; `seen` (T,) is of all."""
+    earlier, length = keys[1] - own[1], keys[1] - keys[0]  # what to add to a token for its key; the row's keys
+    itself = torch.arange(earlier + own[0], keys[1], dtype=torch.int64, device="cpu")
+    first = (itself - seen[slice(*own)]).clamp_(min=keys[0])
     width = length if window is None else min(length, window + 1)
-    n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * width)), BLOCK_TOKENS[1])
-    return [[_block(row[start : start + n], start, earlier) for start in range(0, T, n)] for row in first]
+    n = min(max(BLOCK_TOKENS[0], BLOCK_SCORES // (H * max(1, width))), BLOCK_TOKENS[1])
+    for start in range(0, len(first), n):
+        yield _block(first[start : start + n], own[0] + start, earlier)
 
 
 def _block(first: Tensor, start: int, earlier: int) -> _Block:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 8  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
+ABI = 9  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
 

@@ -12,9 +12,9 @@ _SPAN = 64  # tokens of one task of the convolution, as in csrc/causal_conv1d.cp
 
 _linear_scan_forward = Kernel("linear_scan_forward", "TTF TF iii i")
 _linear_scan_backward = Kernel("linear_scan_backward", "TF TTF F TTF iii i")
-_rg_lru_forward = Kernel("rg_lru_forward", "TTT F F B? TFF iii ii")
+_rg_lru_forward = Kernel("rg_lru_forward", "TTT F F B? L? TFF? iii ii")
 _rg_lru_backward = Kernel("rg_lru_backward", "TF TTT F F B? TTT FFF iii fii")
-_causal_conv1d_forward = Kernel("causal_conv1d_forward", "T FF TB? TT iiii")
+_causal_conv1d_forward = Kernel("causal_conv1d_forward", "T FF TB? L? TT iiii")
 _causal_conv1d_backward = Kernel("causal_conv1d_backward", "TT T F TB? T F FFT iiii")
 
 
@@ -55,6 +55,7 @@ def rg_lru(
         *inputs,
         h0.contiguous(),
         _bytes(reset),
+        None,
         *outputs,
         B,
         T,
@@ -63,6 +64,28 @@ def rg_lru(
         torch.get_num_threads(),
     )
     return outputs
+
+
+def packed_rg_lru(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrent_gate: Tensor,
+    recurrent_param: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    offsets: Tensor,
+    unscaled_first_token: bool,
+) -> tuple[Tensor, Tensor]:
+    (B, R), T = h0.shape, x.shape[1]
+    y, h_last = empty_like(x), empty_like(h0)
+    inputs = (x.contiguous(), input_gate.contiguous(), recurrent_gate.contiguous(), fp32(recurrent_param))
+    _rg_lru_forward(
+        x.dtype,
+        *(*inputs, h0.contiguous(), _bytes(reset), offsets.contiguous()),
+        *(y, h_last, None),
+        *(B, T, R, unscaled_first_token, torch.get_num_threads()),
+    )
+    return y, h_last
 
 
 def rg_lru_backward(
@@ -105,7 +128,16 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     y, last = empty_like(x), empty_like(state)
     inputs = (x.contiguous(), fp32(weight), fp32(bias), state.contiguous(), _bytes(reset))
-    _causal_conv1d_forward(x.dtype, *inputs, y, last, *x.shape, weight.shape[1])
+    _causal_conv1d_forward(x.dtype, *inputs, None, y, last, *x.shape, weight.shape[1])
+    return y, last
+
+
+def packed_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    y, last = empty_like(x), empty_like(state)
+    inputs = (x.contiguous(), fp32(weight), fp32(bias), state.contiguous(), _bytes(reset), offsets.contiguous())
+    _causal_conv1d_forward(x.dtype, *inputs, y, last, len(state), *x.shape[1:], weight.shape[1])
     return y, last
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from griffin.ops.cpu.library import empty_like
+from griffin.ops.triton.tiles import tokens_of
 
 _BLOCK, _MAX_TILE = 32, 128  # channels and tokens of a program; to be tuned on a device
 
@@ -25,7 +26,22 @@ def causal_conv1d(
     inputs = (x.contiguous(), weight.contiguous(), bias.contiguous(), state.contiguous(), _bytes(reset))
     with torch.cuda.device_of(x):
         _conv_forward[(triton.cdiv(R, _BLOCK) * triton.cdiv(T, tile) * B,)](
-            *inputs, y, last, T, R, N=N, TILE=tile, BLOCK=_BLOCK, num_warps=_warps(tile)
+            *inputs, None, y, last, T, R, N=N, TILE=tile, BLOCK=_BLOCK, num_warps=_warps(tile)
+        )
+    return y, last
+
+
+def packed_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, reset: Tensor | None, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Any row may have all T tokens, so each gets the tiles of that many, and those it does not need do nothing."""
+    (_, T, R), N = x.shape, weight.shape[1]
+    y, last = empty_like(x), empty_like(state)
+    tile = _tile(T)
+    inputs = (x.contiguous(), weight.contiguous(), bias.contiguous(), state.contiguous(), _bytes(reset))
+    with torch.cuda.device_of(x):
+        _conv_forward[(triton.cdiv(R, _BLOCK) * triton.cdiv(T, tile) * len(state),)](
+            *inputs, offsets.contiguous(), y, last, T, R, N=N, TILE=tile, BLOCK=_BLOCK, num_warps=_warps(tile)
         )
     return y, last
 
@@ -71,49 +87,53 @@ def _place(tiles, R, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _no_reset(reset, b, t, T):
-    """Whether tokens t of row b start no document; those outside the row never do."""
-    return tl.load(reset + b * T + t, mask=(t >= 0) & (t < T), other=0) == 0
+def _no_reset(reset, first, t, T):
+    """Whether tokens t of a row that begins at `first` start no document; those outside the row never do."""
+    return tl.load(reset + first + t, mask=(t >= 0) & (t < T), other=0) == 0
 
 
 @triton.jit
 def _conv_forward(
-    x, weight, bias, state, reset, y, last, T, R, N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+    x, weight, bias, state, reset, offsets, y, last, T, R,
+    N: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(T, TILE)
-    b, tile, c = _place(tiles, R, BLOCK)
+    b, tile, c = _place(tl.cdiv(T, TILE), R, BLOCK)
+    first, count = tokens_of(b, offsets, T)
+    if offsets is not None:  # noqa: SIM102 - asked when it is compiled, the other when it runs
+        if (tile > 0) & (tile * TILE >= count):
+            return
     inside = (c < R)[None, :]
     rows = tl.arange(0, TILE)
     t = tile * TILE + rows
     here = rows[:, None] * R + c[None, :]  # within the tile, so 32 bits are enough
     # Row 0 of the tile, were it a token (x_) or an entry of the state (s_): the state's last comes before token 0.
-    x_tile = x + (b * T + tile * TILE) * R
+    x_tile = x + (first + tile * TILE) * R
     s_tile = state + (b * (N - 1) + (N - 1) + tile * TILE) * R
 
     w = tl.load(weight + c * N + (N - 1), mask=c < R, other=0.0).to(tl.float32)
     start = tl.load(bias + c, mask=c < R, other=0.0).to(tl.float32)
-    present = (t < T)[:, None] & inside
+    present = (t < count)[:, None] & inside
     total = start[None, :] + w[None, :] * tl.load(x_tile + here, mask=present, other=0.0).to(tl.float32)
-    counts = t < T  # the token s earlier is of the same document
+    counts = t < count  # the token s earlier is of the same document
     for s in tl.static_range(1, N):
         if reset is not None:
-            counts = counts & _no_reset(reset, b, t - (s - 1), T)
+            counts = counts & _no_reset(reset, first, t - (s - 1), count)
         w = tl.load(weight + c * N + (N - 1 - s), mask=c < R, other=0.0).to(tl.float32)
         term = tl.load(x_tile + here - s * R, mask=(counts & (t >= s))[:, None] & inside, other=0.0).to(tl.float32)
         if tile == 0:
             from_state = tl.load(s_tile + here - s * R, mask=(counts & (t < s))[:, None] & inside, other=0.0)
             term += from_state.to(tl.float32)
         total += w[None, :] * term
-    tl.store(y + (b * T + tile * TILE) * R + here, total.to(y.dtype.element_ty), mask=present)
+    tl.store(y + (first + tile * TILE) * R + here, total.to(y.dtype.element_ty), mask=present)
 
-    if tile == tiles - 1:  # the last N-1 inputs j, zero if a reset comes after them
+    if (tile + 1) * TILE >= count:  # the last N-1 inputs j, zero if a reset comes after them
         k = tl.arange(0, 8)
-        j = T - (N - 1) + k
+        j = count - (N - 1) + k
         kept = k < N - 1
         if reset is not None:
             for s in tl.static_range(1, N):
-                kept = kept & _no_reset(reset, b, j + s, T)
-        newer = tl.load(x + (b * T + j[:, None]) * R + c[None, :], mask=(kept & (j >= 0))[:, None] & inside, other=0.0)
+                kept = kept & _no_reset(reset, first, j + s, count)
+        newer = tl.load(x + (first + j[:, None]) * R + c[None, :], mask=(kept & (j >= 0))[:, None] & inside, other=0.0)
         older = tl.load(
             state + (b * (N - 1) + (N - 1) + j[:, None]) * R + c[None, :],
             mask=(kept & (j < 0))[:, None] & inside,
@@ -154,7 +174,7 @@ def _conv_backward(
     share = shares + (b * tiles + tile) * (N + 1) * R + c
     for s in tl.static_range(0, N):
         if s > 0 and reset is not None:
-            counts = counts & _no_reset(reset, b, j + s, T)
+            counts = counts & _no_reset(reset, b * T, j + s, T)
         flow = tl.load(
             dy + (first + s) * R + here, mask=(counts & (j + s >= 0) & (j + s < T))[:, None] & inside, other=0.0
         ).to(tl.float32)

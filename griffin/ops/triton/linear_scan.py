@@ -87,7 +87,7 @@ def _forward_kernel(
     start = split * span
     for t0 in tl.range(start, tl.minimum(start + span, T), BT, num_stages=STAGES):
         tl.store(chunk_states + (row * tl.cdiv(T, BT) + t0 // BT) * R + channels, h, mask=exists)
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
         x_t = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
         a_t = tl.load(a + at, mask=live, other=1.0).to(tl.float32)
         h_t = tiles.states(a_t, x_t, h)
@@ -109,7 +109,7 @@ def _summary_kernel(
     p, h = tl.full((BD,), 1.0, tl.float32), tl.zeros((BD,), tl.float32)
     for n in tl.range(0, count, num_stages=STAGES):
         t0 = start + (count - 1 - n if REVERSE else n) * BT
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
         x_t = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
         a_t = tl.load(a + at, mask=live, other=1.0).to(tl.float32)
         p, h = tiles.extend(p, h, a_t, a_t * x_t if REVERSE else x_t, REVERSE, BT)
@@ -133,7 +133,7 @@ def _backward_kernel(
     count = tl.cdiv(tl.minimum(span, T - start), BT)
     for n in tl.range(0, count, num_stages=STAGES):
         t0 = start + (count - 1 - n) * BT
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
         x_t = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
         a_t = tl.load(a + at, mask=live, other=1.0).to(tl.float32)
         dy_t = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)

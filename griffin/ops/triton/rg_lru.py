@@ -37,10 +37,29 @@ def rg_lru(
     inputs = (x, input_gate, recurrent_gate, recurrent_param)
     spans = summary(*inputs, reset, unscaled_first_token, span) if span < T else (h0, h0)  # (not read)
     y, h_last, chunk_states = x.new_empty(B, T, R), h0.new_empty(B, R), h0.new_empty(B, triton.cdiv(T, CHUNK), R)
-    arguments = (*inputs, _bytes(reset), h0, *spans, y, h_last, chunk_states)
+    arguments = (*inputs, _bytes(reset), None, h0, *spans, y, h_last, chunk_states)
     flags = {"RESETS": reset is not None, "UNSCALED": unscaled_first_token}
     tiles.launch(_forward_kernel, x, span, *arguments, warps=FORWARD_WARPS, **flags)
     return y, h_last, chunk_states
+
+
+def packed_rg_lru(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrent_gate: Tensor,
+    recurrent_param: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    offsets: Tensor,
+    unscaled_first_token: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and h_last. A program goes through all tokens of its row: none is split in time."""
+    (_, T, R), B = x.shape, len(h0)
+    y, h_last = x.new_empty(1, T, R), h0.new_empty(B, R)
+    inputs = (x, input_gate, recurrent_gate, recurrent_param, _bytes(reset), offsets, h0, h0, h0)
+    flags = {"RESETS": reset is not None, "UNSCALED": unscaled_first_token}
+    tiles.launch(_forward_kernel, x, max(T, 1), *inputs, y, h_last, None, warps=FORWARD_WARPS, rows=B, **flags)
+    return y, h_last
 
 
 def rg_lru_backward(
@@ -116,7 +135,7 @@ def _bytes(reset: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _forward_kernel(
-    x, input_gate, recurrent_gate, param, reset, h0, spans_a, spans_h, y, h_last, chunk_states,
+    x, input_gate, recurrent_gate, param, reset, offsets, h0, spans_a, spans_h, y, h_last, chunk_states,
     B, T, R, span, splits,
     RESETS: tl.constexpr, UNSCALED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -125,11 +144,13 @@ def _forward_kernel(
     rate = _rate(param, channels, R)
     h = tl.load(h0 + row * R + channels, mask=exists, other=0.0)
     h = tiles.through(h, spans_a, spans_h, row, 0, split, splits, R, channels, 1)
+    first, count = tiles.tokens_of(row, offsets, T)
     start = split * span
-    for t0 in tl.range(start, tl.minimum(start + span, T), BT, num_stages=STAGES):
-        tl.store(chunk_states + (row * tl.cdiv(T, BT) + t0 // BT) * R + channels, h, mask=exists)
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
-        starts = _starts(reset, row, t0, T, RESETS, BT)
+    for t0 in tl.range(start, tl.minimum(start + span, count), BT, num_stages=STAGES):
+        if chunk_states is not None:
+            tl.store(chunk_states + (row * tl.cdiv(T, BT) + t0 // BT) * R + channels, h, mask=exists)
+        at, live = tiles.tile(first, t0, count, R, channels, BT)
+        starts = _starts(reset, first, t0, count, RESETS, BT)
         ix = _input(x, input_gate, at, live)
         _, a, s = _decay(recurrent_gate, rate, at, live)
         h_t = tiles.states(tl.where(starts, 0.0, a), tl.where(starts & UNSCALED, 1.0, s) * ix, h)
@@ -149,8 +170,8 @@ def _summary_kernel(
     p, h = tl.full((BD,), 1.0, tl.float32), tl.zeros((BD,), tl.float32)
     start = split * span
     for t0 in tl.range(start, tl.minimum(start + span, T), BT, num_stages=STAGES):
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
-        starts = _starts(reset, row, t0, T, RESETS, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
+        starts = _starts(reset, row * T, t0, T, RESETS, BT)
         ix = _input(x, input_gate, at, live)
         _, a, s = _decay(recurrent_gate, rate, at, live)
         p, h = tiles.extend(p, h, tl.where(starts, 0.0, a), tl.where(starts & UNSCALED, 1.0, s) * ix, False, BT)
@@ -172,9 +193,9 @@ def _reverse_summary_kernel(
     count = tl.cdiv(tl.minimum(span, T - start), BT)
     for n in tl.range(0, count, num_stages=STAGES):
         t0 = start + (count - 1 - n) * BT
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
         _, a, _ = _decay(recurrent_gate, rate, at, live)
-        a = tl.where(_starts(reset, row, t0, T, RESETS, BT), 0.0, a)
+        a = tl.where(_starts(reset, row * T, t0, T, RESETS, BT), 0.0, a)
         dy_t = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
         p, flow = tiles.extend(p, flow, a, tiles.decayed(a, dy_t), True, BT)
     at = (row * splits + split) * R + channels
@@ -200,8 +221,8 @@ def _backward_kernel(
     count = tl.cdiv(tl.minimum(span, T - start), BT)
     for n in tl.range(0, count, num_stages=STAGES):
         t0 = start + (count - 1 - n) * BT
-        at, live = tiles.tile(row, t0, T, R, channels, BT)
-        starts = _starts(reset, row, t0, T, RESETS, BT)
+        at, live = tiles.tile(row * T, t0, T, R, channels, BT)
+        starts = _starts(reset, row * T, t0, T, RESETS, BT)
         x_t = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
         i = _sigmoid(tl.load(input_gate + at, mask=live, other=0.0).to(tl.float32))
         r, decay, s = _decay(recurrent_gate, rate, at, live)
@@ -224,11 +245,11 @@ def _backward_kernel(
 
 
 @triton.jit
-def _starts(reset, row, t0, T, RESETS: tl.constexpr, BT: tl.constexpr):
+def _starts(reset, first, t0, T, RESETS: tl.constexpr, BT: tl.constexpr):
     """Which tokens of a tile start a document: (BT, 1)."""
     t = t0 + tl.arange(0, BT)
     if RESETS:
-        starts = tl.load(reset + row * T + t, mask=t < T, other=0) != 0
+        starts = tl.load(reset + first + t, mask=t < T, other=0) != 0
     else:
         starts = t < 0
     return starts[:, None]

@@ -36,13 +36,23 @@ def span(B: int, T: int, R: int) -> int:
     return int(triton.cdiv(chunks, max(1, splits)) * CHUNK)
 
 
-def launch(kernel: Any, x: Tensor, span: int, *arguments: Tensor | float | None, warps: int, **constants: bool) -> None:
+def launch(
+    kernel: Any,
+    x: Tensor,
+    span: int,
+    *arguments: Tensor | float | None,
+    warps: int,
+    rows: int | None = None,
+    **constants: bool,
+) -> None:
     """Run a kernel on every block of channels, row and span of time of x (B, T, R).
 
     Args:
         arguments: those of the kernel before B. Outputs must be contiguous; of inputs that are not, copies are passed.
+        rows: how many are packed in x (1, T, R). None: B.
     """
     B, T, R = x.shape
+    B = B if rows is None else rows
     splits = triton.cdiv(T, span)
     programs = B * triton.cdiv(R, BD) * splits  # on one axis of the grid: only the first may be longer than 65535
     given = [t.contiguous() if isinstance(t, Tensor) else t for t in arguments]
@@ -62,10 +72,21 @@ def place(B, R, BD: tl.constexpr):
 
 
 @triton.jit
-def tile(row, t0, T, R, channels, BT: tl.constexpr):
-    """Where the tokens t0, t0 + 1 ... of these channels are in a tensor (B, T, R), and which of them exist."""
+def tokens_of(row, offsets, T):
+    """A row's first token among those of all, int64, and how many it has: T, or of packed rows what `offsets` says."""
+    if offsets is None:
+        first, count = row * T, T
+    else:  # whatever numbers there are, no token is outside of the T
+        first = tl.minimum(tl.maximum(tl.load(offsets + row), 0), T)
+        count = tl.minimum(tl.maximum(tl.load(offsets + row + 1), first), T) - first
+    return first, count
+
+
+@triton.jit
+def tile(first, t0, T, R, channels, BT: tl.constexpr):
+    """Where tokens t0, t0 + 1 ... of a row that begins at token `first` are in (B, T, R), and which of them exist."""
     tokens = tl.arange(0, BT)
-    at = (row * T + t0) * R + (tokens[:, None] * R + channels[None, :])
+    at = (first + t0) * R + (tokens[:, None] * R + channels[None, :])
     return at, (t0 + tokens < T)[:, None] & (channels < R)[None, :]
 
 

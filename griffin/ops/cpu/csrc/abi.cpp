@@ -4,7 +4,7 @@
 #define PLAIN extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-PLAIN int32_t griffin_abi_version() { return 8; }
+PLAIN int32_t griffin_abi_version() { return 9; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
 PLAIN const char* griffin_instructions() {

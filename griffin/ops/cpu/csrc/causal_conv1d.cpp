@@ -2,10 +2,12 @@
 //
 // x, y (B, T, R) and state, last (B, N-1, R) of type T, weight (R, N) and bias (R) fp32, reset (B, T) bytes or null,
 // all contiguous; 1 <= N <= 8. The input j < 0 is state[N-1+j]. Token t uses x_{t-s} if no
-// token of (t-s, t] is a reset.
+// token of (t-s, t] is a reset. The forward pass takes packed rows too: with offsets (B + 1), what is (B, T, ...) is
+// (1, T, ...).
 //
-// A task is one row, SPAN tokens and BLOCK channels.
+// A task is SPAN tokens (of all rows, forward; of one, backward) and BLOCK channels.
 #include "kernel.h"
+#include "packed.h"
 #include "vec.h"
 
 namespace {
@@ -32,22 +34,29 @@ struct Inputs {
 };
 
 template <class T>
-void forward(ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state,
-             const uint8_t* reset, T* y, T* last, int64_t B, int64_t time, int64_t R, int64_t N) {
-  const int64_t blocks = pieces(R, BLOCK), spans = pieces(time, SPAN);
-  const Inputs<T> inputs{x, state, time, R, N};
-  parallel(pool, B * spans * blocks, SPAN * BLOCK / 2, [&](int64_t task) {
-    const int64_t b = task / (spans * blocks), begin = task / blocks % spans * SPAN;
-    const int64_t first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
-    const uint8_t* starts = reset == nullptr ? nullptr : reset + b * time;
+int64_t forward(ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state,
+                const uint8_t* reset, const int64_t* offsets, T* y, T* last, int64_t B, int64_t time, int64_t R,
+                int64_t N) {
+  const Tokens tokens{offsets, B, time};
+  if (const int64_t wrong = tokens.wrong()) return wrong;
+  const int64_t blocks = pieces(R, BLOCK), spans = pieces(tokens.all(), SPAN);
+  // Input j, counted among the tokens of all rows, of a row b that begins at token `begin`.
+  const auto input = [&](int64_t b, int64_t begin, int64_t j) {
+    return j >= begin ? x + j * R : state + (b * (N - 1) + (N - 1 + j - begin)) * R;
+  };
+  const auto starts = [&](int64_t begin, int64_t t) { return reset != nullptr && t >= begin && reset[t]; };
+  parallel(pool, spans * blocks, SPAN * BLOCK / 2, [&](int64_t task) {
+    const int64_t span = task / blocks, first = task % blocks * BLOCK, n = smaller(BLOCK, R - first);
     float taps[MAX_TAPS][BLOCK];
     transpose(weight + first * N, n, N, taps);
-    for (int64_t t = begin; t < smaller(begin + SPAN, time); ++t) {
+    int64_t b = tokens.row_of(span * SPAN, 0), begin = tokens.begin(b);
+    for (int64_t t = span * SPAN; t < smaller((span + 1) * SPAN, tokens.all()); ++t) {
+      if (t >= tokens.end(b)) b = tokens.row_of(t, b), begin = tokens.begin(b);
       int64_t reach = 0;  // how many earlier inputs count
-      while (reach < N - 1 && !(starts != nullptr && t - reach >= 0 && starts[t - reach])) ++reach;
+      while (reach < N - 1 && !starts(begin, t - reach)) ++reach;
       const T* rows[MAX_TAPS];
-      for (int64_t s = 0; s <= reach; ++s) rows[s] = inputs.row(b, t - s) + first;
-      T* out = y + (b * time + t) * R + first;
+      for (int64_t s = 0; s <= reach; ++s) rows[s] = input(b, begin, t - s) + first;
+      T* out = y + t * R + first;
       if (N == 4 && reach == 3) {
         for (int64_t c = 0; c < n; c += LANES) {
           const int64_t lanes = smaller(LANES, n - c);
@@ -66,19 +75,22 @@ void forward(ParallelFor pool, const T* x, const float* weight, const float* bia
         }
       }
     }
-    if (begin + SPAN < time) return;
-    bool dropped = false;  // a reset comes after this input
-    for (int64_t k = N - 2; k >= 0; --k) {
-      const int64_t t = time - (N - 1) + k;
-      T* out = last + (b * (N - 1) + k) * R + first;
-      if (dropped) {
-        std::memset(out, 0, n * sizeof(T));
-      } else {
-        std::memcpy(out, inputs.row(b, t) + first, n * sizeof(T));
+    for (b = 0; b < B; ++b) {  // what the rows leave that end in this span
+      if (larger(0, tokens.end(b) - 1) / SPAN != span) continue;
+      bool dropped = false;  // a reset comes after this input
+      for (int64_t k = N - 2; k >= 0; --k) {
+        const int64_t t = tokens.end(b) - (N - 1) + k;
+        T* out = last + (b * (N - 1) + k) * R + first;
+        if (dropped) {
+          std::memset(out, 0, n * sizeof(T));
+        } else {
+          std::memcpy(out, input(b, tokens.begin(b), t) + first, n * sizeof(T));
+        }
+        dropped = dropped || starts(tokens.begin(b), t);
       }
-      dropped = dropped || (starts != nullptr && t >= 0 && starts[t]);
     }
   });
+  return 0;
 }
 
 // Input j gives to y_{j+s}, s = 0 .. N-1, until a reset after j or the end of time; if it is the end, also to `last`:
@@ -148,10 +160,10 @@ void backward(ParallelFor pool, const T* dy, const T* dlast, const T* x, const f
 }  // namespace
 
 #define CAUSAL_CONV1D_KERNELS(T)                                                                                      \
-  KERNEL(causal_conv1d_forward, T)                                                                                    \
-  (ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state, const uint8_t* reset, T* y,  \
-   T* last, int64_t B, int64_t time, int64_t R, int64_t N) {                                                          \
-    forward<T>(pool, x, weight, bias, state, reset, y, last, B, time, R, N);                                          \
+  CHECKED_KERNEL(causal_conv1d_forward, T)                                                                            \
+  (ParallelFor pool, const T* x, const float* weight, const float* bias, const T* state, const uint8_t* reset,        \
+   const int64_t* offsets, T* y, T* last, int64_t B, int64_t time, int64_t R, int64_t N) {                            \
+    return forward<T>(pool, x, weight, bias, state, reset, offsets, y, last, B, time, R, N);                          \
   }                                                                                                                   \
   EXPORT(causal_conv1d_forward, T)                                                                                    \
   KERNEL(causal_conv1d_backward, T)                                                                                   \

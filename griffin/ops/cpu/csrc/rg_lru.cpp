@@ -4,11 +4,13 @@
 //     h_t = a h_{t-1} + s i x          at a reset: h_t = i x if unscaled, else s i x
 //
 // All tensors are contiguous: x, gates, y (B, T, R); p (R); h0, h_last (B, R) fp32; chunk_states (B, ceil(T / 64), R)
-// fp32; reset (B, T) bytes or null. T is the type of x and what has its shape: float or bf16.
+// fp32; reset (B, T) bytes or null. T is the type of x and what has its shape: float or bf16. The forward pass takes packed
+// rows too: with offsets (B + 1), what is (B, T, ...) is (1, T, ...), and chunk_states is null.
 //
 // A task is one row and up to BLOCK channels: time runs inside it, vectors lie across channels, the state stays in L1.
 #include "functions.h"
 #include "kernel.h"
+#include "packed.h"
 
 namespace {
 
@@ -39,19 +41,27 @@ struct Shape {
 };
 
 template <class T>
-void forward(ParallelFor pool, const T* x, const T* input_gate, const T* recurrent_gate, const float* p,
-             const float* h0, const uint8_t* reset, T* y, float* h_last, float* chunk_states, Shape shape,
-             bool unscaled) {
-  const int64_t block = shape.channels(), blocks = pieces(shape.R, block), chunks = pieces(shape.T, CHUNK), R = shape.R;
-  parallel(pool, shape.B * blocks, shape.T * block, [&](int64_t task) {
-    const int64_t b = task / blocks, first = task % blocks * block, n = smaller(block, R - first);
+int64_t forward(ParallelFor pool, const T* x, const T* input_gate, const T* recurrent_gate, const float* p,
+                const float* h0, const uint8_t* reset, const int64_t* offsets, T* y, float* h_last,
+                float* chunk_states, Shape shape, bool unscaled) {
+  const Tokens tokens{offsets, shape.B, shape.T};
+  if (const int64_t wrong = tokens.wrong()) return wrong;
+  const int64_t R = shape.R, chunks = pieces(shape.T, CHUNK);
+  // Packed rows may be of any length: threads share channels then, as if it were one row.
+  const int64_t block = tokens.packed() ? channels_per_task(1, R, shape.threads, BLOCK) : shape.channels();
+  const int64_t blocks = pieces(R, block), tasks = shape.B * blocks;
+  parallel(pool, tasks, tokens.all() * blocks / larger(1, tasks) * block, [&](int64_t task) {
+    const int64_t b = tokens.packed() ? task % shape.B : task / blocks;
+    const int64_t first = (tokens.packed() ? task / shape.B : task % blocks) * block, n = smaller(block, R - first);
+    const int64_t begin = tokens.begin(b), end = tokens.end(b);
     float rate[BLOCK], h[BLOCK];
     rates(p + first, n, rate);
     for (int64_t c = 0; c < n; c += LANES) store(h + c, load(h0 + b * R + first + c, smaller(LANES, n - c)));
-    for (int64_t t = 0; t < shape.T; ++t) {
-      if (t % CHUNK == 0) std::memcpy(chunk_states + (b * chunks + t / CHUNK) * R + first, h, n * sizeof(float));
-      const bool starts = reset != nullptr && reset[b * shape.T + t];
-      const int64_t at = (b * shape.T + t) * R + first;
+    for (int64_t t = begin; t < end; ++t) {
+      if (chunk_states != nullptr && (t - begin) % CHUNK == 0)
+        std::memcpy(chunk_states + (b * chunks + (t - begin) / CHUNK) * R + first, h, n * sizeof(float));
+      const bool starts = reset != nullptr && reset[t];
+      const int64_t at = t * R + first;
       for (int64_t c = 0; c < n; c += LANES) {
         const int64_t lanes = smaller(LANES, n - c);
         const Gates g = gates(load(input_gate + at + c, lanes), load(recurrent_gate + at + c, lanes), load(rate + c));
@@ -63,6 +73,7 @@ void forward(ParallelFor pool, const T* x, const T* input_gate, const T* recurre
     }
     std::memcpy(h_last + b * R + first, h, n * sizeof(float));
   });
+  return 0;
 }
 
 // What one chunk of one task keeps between its two passes, whole vectors even where fewer channels are left.
@@ -147,12 +158,12 @@ void backward(ParallelFor pool, const T* dy, const float* dh_last, const T* x, c
 }  // namespace
 
 #define RG_LRU_KERNELS(T)                                                                                             \
-  KERNEL(rg_lru_forward, T)                                                                                           \
+  CHECKED_KERNEL(rg_lru_forward, T)                                                                                   \
   (ParallelFor pool, const T* x, const T* input_gate, const T* recurrent_gate, const float* p, const float* h0,       \
-   const uint8_t* reset, T* y, float* h_last, float* chunk_states, int64_t B, int64_t time, int64_t R,                \
-   int64_t unscaled, int64_t threads) {                                                                               \
-    forward<T>(pool, x, input_gate, recurrent_gate, p, h0, reset, y, h_last, chunk_states,                            \
-               {B, time, R, threads}, unscaled);                                                                      \
+   const uint8_t* reset, const int64_t* offsets, T* y, float* h_last, float* chunk_states, int64_t B, int64_t time,   \
+   int64_t R, int64_t unscaled, int64_t threads) {                                                                    \
+    return forward<T>(pool, x, input_gate, recurrent_gate, p, h0, reset, offsets, y, h_last, chunk_states,            \
+                      {B, time, R, threads}, unscaled);                                                               \
   }                                                                                                                   \
   EXPORT(rg_lru_forward, T)                                                                                           \
   KERNEL(rg_lru_backward, T)                                                                                          \
