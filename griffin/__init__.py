@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from griffin.config import PRESETS, GriffinConfig
     from griffin.errors import GriffinError
     from griffin.infer.conversation import Conversation
+    from griffin.infer.engine import Engine
     from griffin.infer.generate import generate
+    from griffin.infer.request import Request, Sampling
     from griffin.model import Griffin
     from griffin.state import State
     from griffin.tokenizer import Tokenizer
@@ -19,9 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Conversation",
+    "Engine",
     "Griffin",
     "GriffinConfig",
     "GriffinError",
+    "Request",
+    "Sampling",
     "State",
     "Tokenizer",
     "generate",
@@ -35,9 +40,12 @@ __all__ = [
 _HOMES = {
     "PRESETS": "griffin.config",
     "Conversation": "griffin.infer.conversation",
+    "Engine": "griffin.infer.engine",
     "Griffin": "griffin.model",
     "GriffinConfig": "griffin.config",
     "GriffinError": "griffin.errors",
+    "Request": "griffin.infer.request",
+    "Sampling": "griffin.infer.request",
     "State": "griffin.state",
     "Tokenizer": "griffin.tokenizer",
     "generate": "griffin.infer.generate",

@@ -8,9 +8,12 @@ import griffin
 NAMES = [
     "PRESETS",
     "Conversation",
+    "Engine",
     "Griffin",
     "GriffinConfig",
     "GriffinError",
+    "Request",
+    "Sampling",
     "State",
     "Tokenizer",
     "generate",

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin.errors import GriffinError
-from griffin.infer.generate import start
-from griffin.infer.generation import Generation
+from griffin.infer.generate import Run, start
 from griffin.infer.request import Piece
 from griffin.reading import parse_json
 from griffin.state_file import load_both
@@ -73,7 +72,7 @@ class Conversation:
             raise GriffinError("the text is empty and the last answer is complete; say something")
         return self._reply(message, start(self.model, self.tokenizer, [prompt], self.state, **options))
 
-    def _reply(self, message: dict[str, str], generation: Generation) -> Iterator[Piece]:
+    def _reply(self, message: dict[str, str], generation: Run) -> Iterator[Piece]:
         begun = False
         try:
             for piece in generation:
@@ -85,8 +84,9 @@ class Conversation:
             raise
         self._keep(message, generation)
 
-    def _keep(self, message: dict[str, str], generation: Generation) -> None:
+    def _keep(self, message: dict[str, str], generation: Run) -> None:
         completion = generation.completion(0)
+        assert completion.state is not None  # it has been read: there was a piece
         self.state, self.unread = completion.state, list(completion.unread)
         self.messages += [message, {"role": "assistant", "content": completion.text}]
 

@@ -1,12 +1,15 @@
-"""Prompts to text: read, choose, read what was chosen, until every row has stopped. One path, streamed or not."""
+"""Prompts to text: an engine with as many slots as prompts, run until it is empty. One path, streamed or not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 from griffin.errors import GriffinError
-from griffin.infer.generation import Generation, Row, check_ids
+from griffin.infer.engine import Engine, check_ids
+from griffin.infer.handle import Handle
 from griffin.infer.prefill import Progress
 from griffin.infer.request import Completion, Piece, Prompts, as_requests
 from griffin.model import Griffin
@@ -84,8 +87,53 @@ def generate(
         ValueError: an option is out of range.
         TypeError: there is no such option.
     """
-    generation = start(model, tokenizer, prompts, state, **options)
-    return iter(generation) if stream else generation.completions()
+    run = start(model, tokenizer, prompts, state, **options)
+    return iter(run) if stream else run.completions()
+
+
+class Run:
+    """Requests on an engine of their own: an iterator of pieces. Between any two, `completion` says where a row stands.
+
+    Args:
+        engine: with a slot for each request, and prompts first.
+        handles: of the requests, in the order of the prompts.
+        progress: see `generate`.
+    """
+
+    def __init__(self, engine: Engine, handles: list[Handle], progress: Progress | None) -> None:
+        self.engine, self.handles, self.progress = engine, handles, progress
+        self._ready: deque[Piece] = deque()
+        for handle in handles:
+            handle.add_listener(self._ready.append)
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def completions(self) -> list[Completion]:
+        """Run to the end."""
+        for _ in self._pieces:
+            pass
+        return [handle.completion() for handle in self.handles]
+
+    def completion(self, index: int) -> Completion:
+        """Give the completion of a prompt as far as it is."""
+        return self.engine.completion(self.handles[index])
+
+    def _run(self) -> Iterator[Piece]:
+        # No grad mode may be set here: it would last while the caller has the iterator. A turn sets its own.
+        total, read = sum(len(handle.request.prompt) for handle in self.handles), -1
+        while True:
+            if self.progress is not None and read < (done := self.engine.stats().tokens_read):
+                self.progress(done, total)
+                read = done
+            while self._ready:
+                piece = self._ready.popleft()
+                if piece.finish_reason == "error":
+                    raise GriffinError(f"prompt {piece.row}: {piece.reason}")
+                yield piece
+            if not self.engine.turn():
+                return
 
 
 def start(
@@ -97,31 +145,32 @@ def start(
     prefill_chunk: int = 512,
     progress: Progress | None = None,
     **options: Any,
-) -> Generation:
+) -> Run:
     """Check the arguments of `generate`, and give what it iterates over. Nothing has been computed yet."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise GriffinError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {model.config.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
     requests = as_requests(tokenizer, prompts, bos=state is None, **options)
-    check_ids([request.prompt for request in requests], model.config.vocab_size)
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1")
-    logprobs = options.get("logprobs")
-    if logprobs is not None and not 0 <= logprobs <= model.config.vocab_size:
-        raise ValueError(f"logprobs={logprobs} must be within 0 .. {model.config.vocab_size}, the vocabulary")
-    rows = [Row(index, request, tokenizer) for index, request in enumerate(requests)]
-    return Generation(
-        model, rows, _rows_of(model, state, len(rows)), num_top=logprobs or 0, chunk=prefill_chunk, progress=progress
+    engine = Engine(
+        model,
+        tokenizer,
+        slots=max(1, len(requests)),
+        gap=math.inf,
+        chunk=prefill_chunk,
+        max_queue=len(requests),
+        max_queue_tokens=sum(len(request.prompt) for request in requests),
     )
+    check_ids([request.prompt for request in requests], model.config.vocab_size)
+    rows = _rows_of(model, state, len(requests))
+    handles = [
+        engine.submit(request, state=row, index=index)
+        for index, (request, row) in enumerate(zip(requests, rows, strict=True))
+    ]
+    return Run(engine, handles, progress)
 
 
-def _rows_of(model: Griffin, state: State | None, count: int) -> State:
-    """A state of `count` rows that belongs to the call: new, or copied from the caller's."""
+def _rows_of(model: Griffin, state: State | None, count: int) -> Sequence[State | None]:
+    """For each prompt, what it goes on from: nothing, the caller's one row, or a copy of its own."""
     if state is None:
-        return model.new_state(count)
+        return [None] * count
     check_origin(state, model)
     if state.batch_size not in (1, count):
         raise GriffinError(f"the state has {state.batch_size} rows for {count} prompts; give one row, or one for each")
-    return state.rows([0] * count if state.batch_size == 1 else range(count))
+    return [state] * count if state.batch_size == 1 else [state.rows([index]) for index in range(count)]

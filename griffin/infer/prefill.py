@@ -44,7 +44,6 @@ def prefill(
         raise ValueError(f"prefill_chunk={chunk} must be at least 1")
     if len(prompts) != state.batch_size or not all(map(len, prompts)):
         raise ValueError(f"prompts of {[len(p) for p in prompts]} tokens for {state.batch_size} rows; each needs one")
-    device = state.position.device
     last: list[Tensor | None] = [None] * len(prompts)
     rows, part, start = list(range(len(prompts))), state, 0  # `part` holds `rows`; all have read `start` tokens
     total = sum(map(len, prompts))
@@ -52,16 +51,11 @@ def prefill(
         progress(0, total)
     while rows:
         pieces = [prompts[row][start : start + chunk] for row in rows]
-        lengths = [len(piece) for piece in pieces]
-        T = max(lengths)
-        padded = [[*piece, *([0] * (T - len(piece)))] for piece in pieces]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-        ragged = torch.tensor(lengths, dtype=torch.int64, device=device) if min(lengths) < T else None
-        hidden = model(tokens, part, lengths=ragged)  # (B, T, D)
-        start += T
+        ends = _read(model, part, pieces)
+        start += chunk
         for index, row in enumerate(rows):
             if start >= len(prompts[row]):
-                last[row] = hidden[index, lengths[index] - 1].clone()  # not a view: the chunk must not stay
+                last[row] = ends[index]
         going = [index for index, row in enumerate(rows) if start < len(prompts[row])]
         if len(going) < len(rows):
             if part is not state:
@@ -72,3 +66,37 @@ def prefill(
             progress(sum(min(start, len(prompt)) for prompt in prompts), total)
     found = [hidden for hidden in last if hidden is not None]
     return torch.stack(found) if found else model.embedding.new_zeros(0, model.config.width)
+
+
+@torch.no_grad()
+def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequence[int]]) -> Tensor:
+    """Read one piece of each row in one pass; the states, one row each, are advanced in place.
+
+    Rows that are shorter than the longest are padded, which costs time and changes nothing.
+
+    Returns:
+        (B, D) what the model made of each piece's last token.
+    """
+    if len(states) == 1:
+        return _read(model, states[0], pieces)
+    together = model.new_state(len(states))
+    for row, state in enumerate(states):
+        together.set_rows_([row], state)
+    ends = _read(model, together, pieces)
+    for row, (state, piece) in enumerate(zip(states, pieces, strict=True)):
+        longest = state.longest + len(piece)
+        state.set_rows_([0], together.rows([row]))
+        state.longest = longest  # not that of its neighbours
+    return ends
+
+
+def _read(model: Griffin, state: State, pieces: Sequence[Sequence[int]]) -> Tensor:
+    """Read a piece of each row of one state: (B, D) of each one's last token."""
+    lengths, device = [len(piece) for piece in pieces], state.position.device
+    T = max(lengths)
+    padded = [[*piece, *([0] * (T - len(piece)))] for piece in pieces]
+    tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+    counts = torch.tensor(lengths, dtype=torch.int64, device=device)
+    hidden = model(tokens, state, lengths=counts if min(lengths) < T else None)  # (B, T, D)
+    # Not a view: the chunk must not stay.
+    return hidden[torch.arange(len(pieces), dtype=torch.int64, device=device), counts - 1]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from griffin.state import State
     from griffin.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]  # a stop id or string; max_tokens
+# A stop id or string; max_tokens; `Engine.cancel`; its time was over; the piece and the completion say what was wrong.
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 Prompts = str | Sequence[str | Sequence[int]]
 
 
@@ -94,8 +95,11 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end it; the text ends before them
     stop_ids: frozenset[int] = frozenset()  # ids that end it
     logprobs: int | None = None  # how many of the likeliest tokens to report, 0 for the chosen one only; None: nothing
+    n: int = 1  # answers to it: the prompt is read once; of a given seed, they have seed, seed + 1 ...
 
     def __post_init__(self) -> None:
+        if self.n < 1:
+            raise GriffinError(f"n={self.n} answers must be at least 1")
         if self.max_tokens < 0:
             raise GriffinError(f"max_tokens={self.max_tokens} must be 0 (only read the prompt) or more")
 
@@ -165,11 +169,12 @@ class TokenLogprob:
 class Piece:
     """What one step added to one row. The texts of a row's pieces, joined, are its completion's text."""
 
-    row: int  # index of the prompt
+    row: int  # index of the prompt; of an engine's, the handle's `index` and on, for each of `n` answers one
     text: str  # whole characters only; may be "" while a character or a stop string is unfinished
     tokens: tuple[int, ...]  # none if a stop id was chosen
     logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
     finish_reason: FinishReason | None  # None: more pieces of this row follow
+    reason: str | None = None  # in words, where finish_reason is "error"
 
     def __str__(self) -> str:
         return self.text
@@ -184,9 +189,12 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
     finish_reason: FinishReason | None  # None: interrupted
     prompt_tokens: int
-    state: State = field(repr=False)  # one row that has read the prompt and `tokens`, except `unread`
+    # One row that has read the prompt and `tokens`, except `unread`; None: it was not to be kept, or the prompt was not
+    # read to its end.
+    state: State | None = field(repr=False)
     # The last of `tokens`, chosen and not read. To go on: generate(..., [[*unread, *more]], state=state).
     unread: tuple[int, ...]
+    reason: str | None = None  # in words, where finish_reason is "error"
 
 
 def _as_ids(index: int, prompt: object) -> list[int]:

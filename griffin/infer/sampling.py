@@ -32,24 +32,60 @@ class Filters:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], vocab_size: int, device: torch.device) -> Filters:
-        def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+        columns = Columns(len(samplings), vocab_size, device)
+        for row, sampling in enumerate(samplings):
+            columns.set_(row, sampling)
+        return columns.filters(samplings)
 
-        V = vocab_size
-        greedy = [s.temperature == 0 for s in samplings]
-        counts = [min(s.top_k or V, V) for s in samplings]
-        return cls(
-            temperature=None if all(greedy) else column([s.temperature or 1.0 for s in samplings]),
-            greedy=torch.tensor(greedy, dtype=torch.bool, device=device),
-            top_k=column(counts, torch.int64)[:, 0] if any(count < V for count in counts) else None,
-            largest_k=max((count for count in counts if count < V), default=0),
-            top_p=column([s.top_p or 1.0 for s in samplings]) if any((s.top_p or 1) < 1 for s in samplings) else None,
-            min_p=column([s.min_p or 0.0 for s in samplings]) if any(s.min_p for s in samplings) else None,
-            penalty=(
-                column([s.repetition_penalty or 1.0 for s in samplings], torch.float32)
-                if any(s.repetition_penalty not in (None, 1.0) for s in samplings)
-                else None
-            ),
+
+class Columns:
+    """What `Filters` shows, for N places that rows come to and leave: written in place, neutral where none is wanted.
+
+    Args:
+        places: N.
+        vocab_size: V.
+        device: of the logits.
+    """
+
+    def __init__(self, places: int, vocab_size: int, device: torch.device) -> None:
+        def full(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((places, 1), value, dtype=dtype, device=device)
+
+        self.vocab_size = vocab_size
+        self.temperature = full(1, torch.float64)
+        self.greedy = full(1, torch.bool)
+        self.top_k = full(vocab_size, torch.int64)
+        self.top_p = full(1, torch.float64)
+        self.min_p = full(0, torch.float64)
+        self.penalty = full(1, torch.float32)
+
+    def tensors(self) -> list[Tensor]:
+        """All columns, each (N, 1)."""
+        return [self.temperature, self.greedy, self.top_k, self.top_p, self.min_p, self.penalty]
+
+    def set_(self, place: int, sampling: Sampling) -> None:
+        self.temperature[place] = sampling.temperature or 1.0
+        self.greedy[place] = sampling.temperature == 0
+        self.top_k[place] = min(sampling.top_k or self.vocab_size, self.vocab_size)
+        self.top_p[place] = sampling.top_p or 1.0
+        self.min_p[place] = sampling.min_p or 0.0
+        self.penalty[place] = sampling.repetition_penalty or 1.0
+
+    def filters(self, samplings: Sequence[Sampling], places: slice | None = None) -> Filters:
+        """Show the columns of the `places` (None: the first ones) where these samplings lie, without copying.
+
+        A view may be longer than the samplings: rows beyond them are computed for nobody.
+        """
+        at, V = places or slice(0, len(samplings)), self.vocab_size
+        counts = [s.top_k for s in samplings if s.top_k is not None and s.top_k < V]
+        return Filters(
+            temperature=None if all(s.temperature == 0 for s in samplings) else self.temperature[at],
+            greedy=self.greedy[at, 0],
+            top_k=self.top_k[at, 0] if counts else None,
+            largest_k=max(counts, default=0),
+            top_p=self.top_p[at] if any((s.top_p or 1) < 1 for s in samplings) else None,
+            min_p=self.min_p[at] if any(s.min_p for s in samplings) else None,
+            penalty=self.penalty[at] if any(s.repetition_penalty not in (None, 1.0) for s in samplings) else None,
         )
 
 
@@ -208,12 +244,22 @@ def read(chosen: Chosen) -> Choice:
     Raises:
         GriffinError: a row's logits hold NaN or inf, or forbid every token; the row is named.
     """
-    for row, largest in enumerate(chosen.largest.tolist()):
-        if not math.isfinite(largest):  # NaN passes through amax
-            raise GriffinError(
-                f"row {row}: the largest logit is {largest}; the weights or the state hold NaN or infinity "
-                "(fp16 overflows: load the model in bfloat16 or float32), or every token is forbidden"
-            )
+    choice, faults = read_each(chosen)
+    for row, fault in enumerate(faults):
+        if fault is not None:
+            raise GriffinError(f"row {row}: {fault}")
+    return choice
+
+
+def read_each(chosen: Chosen) -> tuple[Choice, list[str | None]]:
+    """As `read`, and say what is wrong with each row; None: nothing. What was chosen for a wrong row means nothing."""
+    faults = [
+        None  # NaN passes through amax
+        if math.isfinite(largest)
+        else f"the largest logit is {largest}; the weights or the state hold NaN or infinity "
+        "(fp16 overflows: load the model in bfloat16 or float32), or every token is forbidden"
+        for largest in chosen.largest.tolist()
+    ]
     pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
     top = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
-    return Choice(chosen.ids.tolist(), chosen.logprobs.tolist(), top)
+    return Choice(chosen.ids.tolist(), chosen.logprobs.tolist(), top), faults

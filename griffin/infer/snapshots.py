@@ -12,22 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from griffin import fingerprint
+from griffin.infer.batch import Held
 from griffin.infer.pages import PAGE, Cut, Page, cut, join
 from griffin.infer.prefix_tree import Node, PrefixTree
 from griffin.infer.snapshot_files import Owner, Say, SnapshotFiles
 from griffin.model import Griffin
-from griffin.state import State, check_origin
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """A state, and what makes going on from it exact."""
-
-    state: State  # one row
-    logits: Tensor | None = None  # (V,) fp32 after the last token: the whole prompt asked again needs no step
+from griffin.state import check_origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,6 @@ def test_log_probabilities_are_kept_only_where_asked_for(plain_folder: Path) -> 
 
     model, tokenizer = griffin.load(plain_folder), griffin.load_tokenizer(plain_folder)
     for asked, kept in ((None, 0), (0, 12)):
-        generation = start(model, tokenizer, ["Once"], max_tokens=12, seed=3, ignore_eos=True, logprobs=asked)
-        generation.completions()
-        assert len(generation.rows[0].logprobs) == kept
+        run = start(model, tokenizer, ["Once"], max_tokens=12, seed=3, ignore_eos=True, logprobs=asked)
+        run.completions()
+        assert len(run.handles[0].rows[0].logprobs) == kept

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from griffin import PRESETS, Griffin, GriffinError, State, Tokenizer
+from griffin.infer.batch import Batch
 from griffin.infer.generate import generate, start
 from griffin.infer.prefill import prefill
 from griffin.infer.request import Completion
@@ -165,19 +166,17 @@ def test_rows_that_are_done_leave_the_batch(model: Griffin, tokenizer: Tokenizer
     assert sizes == [(3, 3), (2, 1), (1, 1), (1, 1)]  # the last token of a row is never read
 
 
-def test_rows_that_are_done_may_keep_their_places(model: Griffin, tokenizer: Tokenizer) -> None:
-    """As on a GPU, where a batch of another size is another graph: no row's result changes, nor its state."""
+def test_a_step_may_have_more_places_than_rows(
+    model: Griffin, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step of each number of rows would be a graph: no row's result changes, nor its state."""
     options: dict[str, Any] = {**WARM, "seed": [3, 1, 4, 1, 5], "max_tokens": [9, 40, 0, 3, 33], "ignore_eos": True}
     expected = generate(model, tokenizer, PROMPTS, **options)
-    generation = start(model, tokenizer, PROMPTS, **options)
-    generation._keeps_places = True
-    sizes = set()
-    for _ in generation:
-        sizes.add(len(generation._places))
-    assert sizes == {5, 2, 1, 0}
-    for index, wanted in enumerate(expected):
-        found = generation.completion(index)
+    monkeypatch.setattr(Batch, "bucket", lambda batch, rows: batch.places)
+    for found, wanted in zip(generate(model, tokenizer, PROMPTS, **options), expected, strict=True):
         assert (found.tokens, found.text, found.unread) == (wanted.tokens, wanted.text, wanted.unread)
+        assert found.state is not None
+        assert wanted.state is not None
         for a, b in zip(found.state.tensors().values(), wanted.state.tensors().values(), strict=True):
             torch.testing.assert_close(a, b)
 

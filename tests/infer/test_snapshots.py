@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 import griffin
 from griffin import Griffin, GriffinError, State, Tokenizer, state_file
+from griffin.infer.batch import Held
 from griffin.infer.generate import generate
 from griffin.infer.pages import PAGE, Cut, cut, join
 from griffin.infer.prefill import prefill
-from griffin.infer.snapshots import Held, Snapshots, Stats, places
+from griffin.infer.snapshots import Snapshots, Stats, places
 from griffin.state import from_int8, to_int8
 
 MakeModel = Callable[..., Griffin]
@@ -110,7 +111,7 @@ def test_what_a_state_keeps_is_as_large_after_a_million_tokens(make_model: MakeM
         sizes.append((kept.own_bytes(), sum(page.nbytes for page in kept.pages)))
         sizes[-1] += ((tmp_path / "state").stat().st_size // 64,)  # the header names the number of tokens
         snapshots = Snapshots(model, max_bytes=10**8)
-        snapshots.keep([1] * length, Held(state))
+        snapshots.keep([1] * length, Held(state, None))
         assert snapshots.stats.nbytes == sum(sizes[-1][:2]) + 4 * length
     assert length > 1_000_000
     assert sizes[0] == sizes[1]
@@ -146,7 +147,7 @@ def test_a_window_in_eight_bits_is_stored_in_half_and_loses_once(make_model: Mak
     exact, small = Snapshots(model, max_bytes=10**8), Snapshots(model, max_bytes=10**8, int8_window=True)
     sizes = []
     for snapshots in (exact, small):
-        snapshots.keep(tokens, Held(held.state))
+        snapshots.keep(tokens, Held(held.state, None))
         sizes.append(snapshots.stats.nbytes - 4 * len(tokens) - cut(held.state, None).own_bytes())
     K = model.config.head_width
     assert sizes[1] * 2 * K == sizes[0] * (K + 1)  # one exponent for each head
@@ -155,7 +156,7 @@ def test_a_window_in_eight_bits_is_stored_in_half_and_loses_once(make_model: Mak
     state = found[1].state
     assert not same(state, held.state)
     small.clear()
-    small.keep(tokens, Held(state))
+    small.keep(tokens, Held(state, None))
     again = small.find([*tokens, 1])
     assert again is not None
     assert same(again[1].state, state)
@@ -175,7 +176,7 @@ def test_the_longest_beginning_is_found_and_its_state_is_the_callers(make_model:
     state = model.new_state(1)
     for start, end in itertools.pairwise((0, 100, 300, 350)):
         held = read(model, tokens[start:end], state)
-        snapshots.keep(tokens[:end], held if end != 350 else Held(state))
+        snapshots.keep(tokens[:end], held if end != 350 else Held(state, None))
     twin = state.clone()
     read(model, tokens[350:], state)  # what was kept is not what goes on
     for length, wanted in ((99, 0), (100, 100), (299, 100), (300, 300), (350, 300), (351, 350), (400, 350)):
@@ -198,14 +199,14 @@ def test_a_prompt_asked_again_has_its_logits(make_model: MakeModel) -> None:
     model, tokens = make_model(window=W), text(200)
     snapshots = Snapshots(model, max_bytes=10**8)
     held = read(model, tokens)
-    snapshots.keep(tokens, Held(held.state))
+    snapshots.keep(tokens, Held(held.state, None))
     assert snapshots.find(tokens) is None
     snapshots.keep(tokens, held)
     found = snapshots.find(tokens)
     assert found is not None
     assert found[0] == 200
     assert torch.equal(found[1].logits, held.logits)  # type: ignore[arg-type]
-    snapshots.keep(tokens, Held(held.state))  # takes nothing away
+    snapshots.keep(tokens, Held(held.state, None))  # takes nothing away
     assert snapshots.longest(tokens) == 200
 
 
@@ -225,7 +226,7 @@ def test_neither_tenants_nor_adapters_nor_changed_weights_share(make_model: Make
         model.embedding.add_(0.01)
     assert snapshots.find(tokens, "ann") is None
     with pytest.raises(GriffinError, match="another model"):
-        snapshots.keep(tokens, Held(make_model(seed=1).new_state(1)))
+        snapshots.keep(tokens, Held(make_model(seed=1).new_state(1), None))
     with pytest.raises(ValueError, match="does not fit 39 tokens"):
         snapshots.keep(tokens[:39], held)
 
@@ -349,7 +350,7 @@ def test_what_lies_on_the_way_is_thinned_further_back_than_a_window(make_model: 
     state = model.new_state(1)
     for length in range(PAGE, len(tokens) + 1, PAGE):
         read(model, tokens[length - PAGE : length], state)
-        snapshots.keep(tokens[:length], Held(state), lasting=length == 5 * PAGE)
+        snapshots.keep(tokens[:length], Held(state, None), lasting=length == 5 * PAGE)
     kept = sorted(node.depth // PAGE for node in snapshots._kept)
     # The newest window whole; then every 2nd page, every 4th up to 4 windows back, every 8th, 16th and 32nd. And 5.
     assert kept == [5, 32, 48, 56, 60, 62, 63, 64]
@@ -386,7 +387,7 @@ def test_a_recorded_trace_with_a_shared_prompt_and_branches(make_lively: MakeMod
     most_again, taken = 0, 0
     for tokens, borders in requests:
         found = snapshots.find(tokens)
-        start, held = (0, Held(model.new_state(1))) if found is None else found
+        start, held = (0, Held(model.new_state(1), None)) if found is None else found
         taken += len(tokens) - start
         # What others have read of it: the longest beginning of it that any prompt before had.
         shared = next((n for n in range(len(tokens), 0, -1) if tuple(tokens[:n]) in seen), 0)
