@@ -324,23 +324,6 @@ class Snapshots:
         )
 
 
-def places(start: int, end: int, window: int | None, borders: Sequence[int] = ()) -> list[tuple[int, bool]]:
-    """Where to keep snapshots while tokens start .. end - 1 of a prompt are read: (tokens read, lasting), ascending.
-
-    At each border of a message, at the prompt's end, and at each page of 128 tokens in the window before it: whoever
-    comes with the same text up to a border, or up to anywhere in that window, reads at most 127 tokens of it again.
-
-    Args:
-        start, end: tokens of the text read before, and at the end.
-        window: of the model; None is taken as 2,048.
-        borders: offsets at which messages end.
-    """
-    lasting = {border for border in (*borders, end) if start < border <= end}
-    newest = max(start, end - (window or 2048))
-    pages = set(range(newest // PAGE * PAGE + PAGE, end, PAGE))
-    return [(place, place in lasting) for place in sorted(lasting | pages)]
-
-
 def _may_serve(node: Node, needs_logits: bool) -> bool:
     """Whether a node has a snapshot; of a file it is not known whether it has logits."""
     entry: _Entry | None = node.value

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from griffin import Griffin, GriffinError, Tokenizer, state_file
+from griffin.infer import batch
 from griffin.infer.conversation import METADATA, Conversation
 from griffin.infer.generate import generate
 from griffin.tokenizer.chat_template import GEMMA
@@ -312,3 +313,45 @@ def test_a_template_that_takes_no_system_message_changes_nothing(model: Griffin,
     with pytest.raises(GriffinError, match="System role not supported"):
         conversation.set_system("Be brief.")
     assert at(conversation) == before
+
+
+@pytest.mark.parametrize("stop", ["\nUser:", "o.\nUser", "Hello.\nUser:"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_turn_cut_by_a_stop_string_has_read_what_is_shown(
+    make_lively: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: str, plain: bool
+) -> None:
+    """Also where the stop string begins within a token."""
+    words = [] if plain else ["User:", "lo.\nUs", "lo.\nUs", "Hello.\n"]
+    tokenizer = Tokenizer.train(["hello world", *100 * words], 261 + 12 * len(set(words)), chat_template=GEMMA)
+    model = make_lively(vocab_size=tokenizer.vocab_size, window=64)
+    forced = tokenizer.encode("Hello.\nUser:", bos=False)
+    assert plain or len(forced) < 12
+    scripted(monkeypatch, forced)
+    talk = Conversation(model, tokenizer)
+    assert "".join(map(str, talk.reply("hi", stop=stop, max_tokens=50, temperature=0))) == talk.messages[-1]["content"]
+    monkeypatch.undo()
+    shown = "Hello.\nUser:".partition(stop)[0]
+    assert talk.messages[-1]["content"] == shown
+    more = [*talk.messages, {"role": "user", "content": "more"}]
+    turn = tokenizer.encode_chat_turn(more)
+    wanted = [*tokenizer.encode_chat(talk.messages[:1]), *tokenizer.encode(shown, bos=False)]
+    assert talk.tokens_read + len(talk.unread) == len(wanted)
+    talk.save(tmp_path / "talk")
+    for each in (talk, Conversation.load(tmp_path / "talk", model, tokenizer)):
+        with torch.no_grad():
+            seen = model.logits(model(torch.tensor([[*each.unread, *turn]]), each.state.clone()))[0, -1]
+            fresh = model.logits(model(torch.tensor([[*wanted, *turn]])))[0, -1]
+        assert torch.allclose(seen, fresh, atol=1e-4)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    """Let the one row of an engine choose these."""
+    left = iter(ids)
+    plain = batch.read_each
+
+    def read(chosen: Any) -> Any:
+        choice, faults = plain(chosen)
+        choice.ids[0] = next(left)
+        return choice, faults
+
+    monkeypatch.setattr(batch, "read_each", read)

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 import griffin
 from griffin import Griffin, GriffinError, State, Tokenizer, state_file
 from griffin.infer.batch import Held
+from griffin.infer.engine import Engine
 from griffin.infer.generate import generate
 from griffin.infer.pages import PAGE, Cut, cut, join
 from griffin.infer.prefill import prefill
-from griffin.infer.snapshots import Snapshots, Stats, places
+from griffin.infer.request import Completion, Request, Sampling
+from griffin.infer.snapshots import Snapshots, Stats
 from griffin.state import from_int8, to_int8
 
 MakeModel = Callable[..., Griffin]
@@ -357,54 +359,63 @@ def test_what_lies_on_the_way_is_thinned_further_back_than_a_window(make_model: 
     assert snapshots.stats.thinned == 64 - len(kept)
 
 
-def test_places_are_borders_ends_and_the_newest_window() -> None:
-    assert places(0, 300, 150, borders=(10, 40, 300)) == [(10, True), (40, True), (256, False), (300, True)]
-    assert places(256, 300, 150, borders=(10, 256)) == [(300, True)]
-    assert places(250, 256, None) == [(256, True)]
-    assert places(0, 3000, 2048) == [(p, False) for p in range(1024, 3000, 128)] + [(3000, True)]
-
-
 # A trace
 
 
+def turn_out(engine: Engine, request: Request, tenant: str = "") -> Completion:
+    handle = engine.submit(request, tenant=tenant)
+    while engine.turn():
+        pass
+    return handle.completion()
+
+
 def test_a_recorded_trace_with_a_shared_prompt_and_branches(make_lively: MakeModel) -> None:
-    """Three people behind one system prompt, turns each, answers asked again, a turn changed: what is read."""
-    model = make_lively(window=W)
+    """Three people behind one system prompt, turns each, a prompt asked again, its end changed: what is read."""
+    model, tokenizer = make_lively(window=W), Tokenizer.bytes()
+    snapshots = Snapshots(model, max_bytes=10**8)
+    warm, cold = Engine(model, tokenizer, slots=2, snapshots=snapshots), Engine(model, tokenizer, slots=2)
     system = text(500, seed=9)
-    requests: list[tuple[list[int], list[int]]] = []  # a prompt, and where messages end in it
+    seen: set[tuple[int, ...]] = set()
+    asked = 0
+
+    def ask(tokens: list[int], borders: list[int]) -> list[int]:
+        nonlocal asked
+        request = Request(
+            prompt=tuple(tokens), borders=tuple(borders), max_tokens=40, sampling=Sampling(temperature=0), logprobs=0
+        )
+        before = warm.stats().tokens_read
+        said, wanted = turn_out(warm, request), turn_out(cold, request)
+        assert said.tokens == wanted.tokens
+        assert [each.logprob for each in said.logprobs or ()] == pytest.approx(
+            [each.logprob for each in wanted.logprobs or ()], abs=1e-4
+        )
+        # The longest beginning of it that was read before, of which at most 127 tokens are read again.
+        shared = next((n for n in range(len(tokens), 0, -1) if tuple(tokens[:n]) in seen), 0)
+        again = shared - (len(tokens) - (warm.stats().tokens_read - before))
+        assert again <= 127
+        whole = (*tokens, *said.tokens[:-1])
+        seen.update(whole[:n] for n in range(1, len(whole) + 1))
+        asked += 1
+        return list(said.tokens)
+
     for person in range(3):
         tokens, borders = list(system), [len(system)]
         for turn in range(4):
             tokens += text(30 + 60 * turn, seed=100 * person + turn)
-            requests.append((list(tokens), list(borders)))
             if turn == 2:
-                requests.append((list(tokens), list(borders)))  # the same again
-                requests.append(([*tokens[:-20], *text(25, seed=77)], list(borders)))  # its end is changed
-            tokens += text(40, seed=100 * person + turn + 50)  # the answer
+                ask([*tokens[:-20], *text(25, seed=77)], borders)
+            answer = ask(tokens, borders)
+            if turn == 2:
+                before = warm.stats().tokens_read
+                assert ask(tokens, borders) == answer
+                assert warm.stats().tokens_read == before  # its logits were kept
+            tokens += answer
             borders.append(len(tokens))
-    snapshots = Snapshots(model, max_bytes=10**8)
-    seen: set[tuple[int, ...]] = set()
-    most_again, taken = 0, 0
-    for tokens, borders in requests:
-        found = snapshots.find(tokens)
-        start, held = (0, Held(model.new_state(1), None)) if found is None else found
-        taken += len(tokens) - start
-        # What others have read of it: the longest beginning of it that any prompt before had.
-        shared = next((n for n in range(len(tokens), 0, -1) if tuple(tokens[:n]) in seen), 0)
-        most_again = max(most_again, shared - start)
-        for end, lasting in places(start, len(tokens), W, borders):
-            held = read(model, tokens[start:end], held.state)
-            snapshots.keep(tokens[:end], held, lasting=lasting)
-            start = end
-        cold = read(model, tokens)
-        assert torch.allclose(held.logits, cold.logits, atol=1e-4)  # type: ignore[arg-type]
-        seen |= {tuple(tokens[:n]) for n in range(1, len(tokens) + 1)}
-    whole = sum(len(tokens) for tokens, _ in requests)
-    assert most_again <= 127
     stats = snapshots.stats
-    assert (stats.tokens_asked, stats.tokens_saved) == (whole, whole - taken)
-    assert (len(requests), whole, taken) == (18, 14_535, 2_561)
-    assert (stats.hits, stats.misses) == (17, 1)
+    assert (asked, stats.hits, stats.misses) == (18, 17, 1)
+    assert cold.stats().tokens_read == stats.tokens_asked == 14_535
+    assert warm.stats().tokens_read == stats.tokens_asked - stats.tokens_saved == 2_210
+    assert warm.stats().tokens_from_snapshots == stats.tokens_saved
 
 
 # The matrix
