@@ -166,21 +166,20 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     return _metadata(path, _read(path, file, fields, kinds)[_METADATA])
 
 
-def peek(path: str | Path, name: str, vector: Vector) -> tuple[str, dict[str, str], Tensor]:
-    """Read the model's fingerprint, the strings and one tensor beside a state, and not the state: to list many files.
+def peek(path: str | Path, more: Mapping[str, Vector] | None = None) -> tuple[str, dict[str, str], dict[str, Tensor]]:
+    """Read the model's fingerprint, the strings and what is beside a state, and not the state: to list many files.
 
     The checksum is of all that a file holds and is not looked at here: `load_all` tells whether this was true.
 
     Raises:
-        GriffinError: the file is missing, not a state, or has no such tensor.
+        GriffinError: the file is missing or not a state.
     """
     path = _place(path)
     file, fields, kinds = _open(path)
-    if (kind := kinds.get(_MORE + name)) is None:
-        raise GriffinError(f"{path} holds no {name}; {_MEND}")
-    _check_vector(path, name, kind, vector)
+    _check_more(path, kinds, more or {})
     metadata = _metadata(path, file.get_tensor(_METADATA))
-    return fields["fingerprint"], metadata, file.get_tensor(_MORE + name)
+    found = {name: file.get_tensor(_MORE + name) for name in more or {} if _MORE + name in kinds}
+    return fields["fingerprint"], metadata, found
 
 
 def _place(path: str | Path) -> Path:
@@ -250,17 +249,17 @@ def _check_kinds(
                 f"{path}: {name} is {dtype}, and this model needs {tensor.dtype}; "
                 "load the model with the dtype it had when the state was saved"
             )
-    for name, vector in more.items():
-        if (kind := kinds.get(_MORE + name)) is not None:
-            _check_vector(path, name, kind, vector)
+    _check_more(path, kinds, more)
     return int(longest)
 
 
-def _check_vector(path: Path, name: str, kind: _Kind, vector: Vector) -> None:
-    shape, dtype = kind
-    wanted = "any number" if vector.length is None else str(vector.length)
-    if dtype != vector.dtype or len(shape) != 1 or (vector.length or shape[0]) != shape[0] or shape[0] > vector.most:
-        raise GriffinError(f"{path} is damaged: {name} is {shape} {dtype}, not {wanted} of {vector.dtype}; {_MEND}")
+def _check_more(path: Path, kinds: Mapping[str, _Kind], more: Mapping[str, Vector]) -> None:
+    for name, vector in more.items():
+        shape, dtype = kinds.get(_MORE + name, ((vector.length or 0,), vector.dtype))
+        fits = len(shape) == 1 and shape[0] <= vector.most and vector.length in (None, shape[0])
+        if dtype != vector.dtype or not fits:
+            wanted = f"up to {vector.most:,}" if vector.length is None else str(vector.length)
+            raise GriffinError(f"{path} is damaged: {name} is {shape} {dtype}, not {wanted} of {vector.dtype}; {_MEND}")
 
 
 def _windows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,15 +104,16 @@ class SnapshotFiles:
         own = fingerprint.of(self.model)
         for _, file, size in sorted(self._files(own)):
             try:
-                theirs, metadata, tokens = state_file.peek(file, "tokens", self._more["tokens"])
+                theirs, metadata, more = state_file.peek(file, {"tokens": self._more["tokens"]})
                 owner = Owner(theirs, metadata.get("adapter", ""), metadata.get("tenant", ""))
-                if theirs != own or not len(tokens) or file.name != _name(owner, tokens.tolist()):
+                tokens = more.get("tokens", torch.empty(0)).tolist()
+                if theirs != own or not tokens or file.name != _name(owner, tokens):
                     raise GriffinError(f"{file} is damaged: it is not the snapshot that its name says")
             except (GriffinError, OSError) as error:
                 self._fail("a snapshot is not used", error)
                 self.remove(file)
                 continue
-            yield Found(owner, tokens.tolist(), file, size)
+            yield Found(owner, tokens, file, size)
 
     def _files(self, own: str) -> Iterator[tuple[float, Path, int]]:
         try:

@@ -564,7 +564,7 @@ def test_every_flipped_byte_is_found_and_done_without(make_model: MakeModel, tmp
 
 
 def _length(file: Path) -> int:
-    return len(state_file.peek(file, "tokens", state_file.Vector(torch.int32))[2])
+    return len(state_file.peek(file, {"tokens": state_file.Vector(torch.int32)})[2]["tokens"])
 
 
 def test_a_disk_that_fails_is_said_and_done_without(
