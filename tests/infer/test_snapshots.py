@@ -227,6 +227,9 @@ def test_neither_tenants_nor_adapters_nor_changed_weights_share(make_model: Make
     with torch.no_grad():
         model.embedding.add_(0.01)
     assert snapshots.find(tokens, "ann") is None
+    snapshots.keep(tokens, held, "ann")
+    model.model.final_norm.weight = torch.nn.Parameter(model.model.final_norm.weight + 1)
+    assert snapshots.find(tokens, "ann") is None
     with pytest.raises(GriffinError, match="another model"):
         snapshots.keep(tokens, Held(make_model(seed=1).new_state(1), None))
     with pytest.raises(ValueError, match="does not fit 39 tokens"):
