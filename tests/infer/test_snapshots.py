@@ -566,6 +566,23 @@ def test_every_flipped_byte_is_found_and_done_without(make_model: MakeModel, tmp
     assert found[0] == 30
 
 
+def test_a_file_that_became_anothers_is_not_believed(make_model: MakeModel, tmp_path: Path, said: list[str]) -> None:
+    model, texts = make_model(), [text(50, seed=1), text(50, seed=2)]
+    snapshots = Snapshots(model, max_bytes=10**6, folder=tmp_path, say=said.append)
+    for tokens in texts:
+        snapshots.keep(tokens, read(model, tokens))
+    snapshots.save()
+    snapshots.clear()
+    left, right = tmp_path.rglob("*.safetensors")
+    left.write_bytes(right.read_bytes())
+    found = [snapshots.find([*tokens, 1]) is not None for tokens in texts]
+    assert sorted(found) == [False, True]
+    assert "it is not the snapshot that its name says" in said.pop()
+    assert not left.exists()
+    again = Snapshots(model, max_bytes=10**6, folder=tmp_path, say=said.append)
+    assert (again.stats.files, said) == (1, [])
+
+
 def _length(file: Path) -> int:
     return len(state_file.peek(file, {"tokens": state_file.Vector(torch.int32)})[2]["tokens"])
 
