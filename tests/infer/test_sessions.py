@@ -23,6 +23,7 @@ from griffin import Griffin, GriffinError, Tokenizer, state_file
 from griffin.infer.answered import Answered
 from griffin.infer.batch import Held
 from griffin.infer.engine import Engine
+from griffin.infer.grammar import Grammar
 from griffin.infer.handle import Handle
 from griffin.infer.request import Completion, Request, Sampling
 from griffin.infer.sessions import Changed, Full, NoSession, Session, Sessions
@@ -128,6 +129,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "min_tokens": 12,
         "stop_ids": frozenset(range(60, 90)),
     },
+    "grammar": {"sampling": Sampling(temperature=1.2, seed=4), "grammar": Grammar.regex("([a-f]{3},|[0-9]+;){30}")},
 }
 
 
@@ -328,7 +330,7 @@ def test_sizes_do_not_grow_with_what_was_read(model: Griffin, tmp_path: Path) ->
 
 @pytest.fixture
 def cut_session(model: Griffin) -> Session:
-    """With everything a session may have."""
+    """With everything a session may have, but a grammar."""
     engine = Engine(model, TOKENIZER, slots=1)
     sampling = Sampling(temperature=1.3, top_k=50, seed=5, logit_bias={70: 3.0, 71: -float("inf")})
     request = Request(
@@ -412,6 +414,8 @@ def test_a_fuzzer_finds_nothing(model: Griffin, cut_session: Session, tmp_path: 
         *({"sampling.temperature": "1"}, {"sampling.top_k": 1.5}, {"sampling.top_k": 0}, {"sampling.seed": -1}),
         *({"sampling.top_p": float("inf")}, {"sampling.logit_bias": {"x": 1}}, {"sampling.logit_bias": {"259": 1}}),
         *({"sampling.logit_bias": {"7": float("inf")}}, {"sampling.logit_bias": {"7": "a"}}, {"sampling.more": 1}),
+        *({"request.grammar": "x"}, {"request.grammar": {"kind": "xml", "text": ""}}),
+        *({"request.grammar": {"kind": [], "text": ""}}, {"request.grammar": {"kind": "json", "text": 5}}),
         *({"sampling.logit_bias": {"9" * 5000: 1}}, {"sampling.logit_bias": {"²": 1}}),
     ],
 )
