@@ -382,7 +382,7 @@ class Engine:
         for row in handle.rows:
             row.position = int(own.position[0])
             if row.tail is not None and row.tokens:
-                row.tail.state = own.clone()
+                row.tail.state, row.tail.num_read = own.clone(), len(row.tokens) - len(tokens)
         keeps = self.snapshots is not None and not handle.resumes
         edges = self._edges(len(handle.request.prompt), handle.request.borders) if keeps else ()
         self._readers.append(Reader(handle, own, tokens, edges, None if logits is None else logits[None]))

@@ -174,6 +174,27 @@ def test_a_cut_answer_goes_on_as_if_it_had_not_been(model: Griffin, tmp_path: Pa
             assert torch.allclose(done.state.tensors()[name], tensor, atol=1e-4), name
 
 
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_an_answer_that_was_guessed_ahead_goes_on_too(model: Griffin, temperature: float) -> None:
+    """The state may then lack several of its tokens."""
+    plain, guessing = Engine(model, TOKENIZER, slots=1), Engine(model, TOKENIZER, slots=1, speculate=True)
+    sampling = Sampling(temperature=temperature, top_k=2, seed=1)
+    request = Request(prompt=5 * text(8), max_tokens=40, stop=("\0\1",), sampling=sampling)
+    whole, lacks = finish(plain, plain.submit(request)), set()
+    for least in range(1, 30, 3):
+        handle = guessing.submit(request)
+        while len(handle.rows[0].tokens) < least:
+            guessing.turn()
+        guessing.cancel(handle)
+        finish(guessing, handle)
+        answered = Answered.of(handle)
+        assert answered is not None
+        lacks.add(len(answered.unread))
+        done = finish(guessing, guessing.submit(answered.request, state=answered))
+        assert (done.tokens, done.text) == (whole.tokens, whole.text)
+    assert max(lacks) > 1
+
+
 def again_pieces(engine: Engine, handle: Handle) -> list[Any]:
     finish(engine, handle)
     return list(handle)
