@@ -66,7 +66,6 @@ class Batch:
     ) -> None:
         self.model, self.places, self.keep, self.every, self.poison = model, places, keep, every, poison
         self._step_s: float | None = None  # of a row alone
-        self._pass_s: float | None = None  # of a row alone, with guesses
         self.rows: list[Row] = []
         self._state = model.new_state(places)
         device, V = self._state.position.device, model.config.vocab_size
@@ -114,7 +113,7 @@ class Batch:
         began, n = time.perf_counter(), len(self.rows)
         if n == 1 and self._speculates:
             (row,) = self.rows
-            guesses = row.drafter.draft(row.tokens, self._pass_s, self._step_s)
+            guesses = row.drafter.draft(row.tokens)
             if guesses or row.num_unread > 1:
                 return self._verify(row, guesses)
         for row in self.rows:
@@ -175,9 +174,7 @@ class Batch:
             self._state.set_rows_([0], before)
         self.guessed += len(guesses)
         self.accepted += index
-        if guesses:
-            self._pass_s = mean(self._pass_s, time.perf_counter() - began)
-            row.drafter.judge(index + 1, self._pass_s, self._step_s)
+        row.drafter.judge(index + 1, time.perf_counter() - began, self._step_s, guessed=bool(guesses))
         if row.finish_reason is not None:
             self._catch_up(row, chosen)
             if self.keep is not None and row.finish_reason != "error":

@@ -23,31 +23,35 @@ class Drafter:
     def __init__(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # of _GRAM tokens: where what followed them last begins
-        self._gained = 2.0  # tokens of a pass with guesses, on average; to begin with, hope
+        self._gained, self._pass_s = 0.0, 0.0  # tokens of a pass and what it takes, on average
         self._skipped = self._skip = 0
         self._prompt = tuple(text)
 
-    def draft(self, tokens: Sequence[int], pass_s: float | None, step_s: float | None) -> list[int]:
-        """Guess what follows the prompt and `tokens`; nothing where that does not pay.
-
-        Args:
-            tokens: all that the row has chosen.
-            pass_s, step_s: what a pass with guesses takes, and a step of one token; None: not known yet.
-        """
+    def draft(self, tokens: Sequence[int]) -> list[int]:
+        """Guess what follows the prompt and `tokens`, all that the row has chosen; nothing where that does not pay."""
         self._extend(tokens)
         at = self._after.get(tuple(self._text[-_GRAM:]))
         if at is None:
             return []
-        if pass_s is not None and step_s is not None and self._gained * step_s <= pass_s and self._skipped < self._skip:
+        if self._skipped < self._skip:
             self._skipped += 1
             return []
         return self._text[at : at + MOST]
 
-    def judge(self, gained: int, pass_s: float | None, step_s: float | None) -> None:
-        """Learn how many tokens a pass gave. Where it did not pay, the next tries are ever further apart."""
-        self._gained = 0.7 * self._gained + 0.3 * gained
-        pays = pass_s is None or step_s is None or self._gained * step_s > pass_s
-        self._skipped, self._skip = 0, 0 if pays else min(64, 2 * self._skip + 1)
+    def judge(self, gained: int, pass_s: float, step_s: float | None, *, guessed: bool) -> None:
+        """Learn how many tokens a pass gave, and what it took. Where steps give more, tries become ever rarer.
+
+        Args:
+            gained: tokens.
+            pass_s: seconds.
+            step_s: what a step of one token takes; None: not known yet.
+            guessed: whether there were guesses in it; else it read what wrong ones had left, and is a part of their
+                price.
+        """
+        self._gained, self._pass_s = 0.7 * self._gained + gained, 0.7 * self._pass_s + pass_s
+        if guessed:
+            pays = step_s is None or self._gained * step_s > self._pass_s
+            self._skipped, self._skip = 0, 0 if pays else min(128, 2 * self._skip + 4)
 
     def _extend(self, tokens: Sequence[int]) -> None:
         """Take in what is new. The last tokens themselves are noted once something follows them."""
