@@ -1,0 +1,77 @@
+"""A model from its name to an engine that turns. The only file here that imports torch, when it is called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from griffin.errors import GriffinError
+from griffin.serve.settings import Settings
+from griffin.serve.worker import Loaded
+
+if TYPE_CHECKING:
+    from griffin.infer.engine import Engine
+    from griffin.tokenizer import Tokenizer
+
+
+def load(settings: Settings) -> Loaded:
+    """Load model and tokenizer, and start the engine.
+
+    Raises:
+        GriffinError: the folder cannot be loaded, the device is not there, or the slots do not fit.
+    """
+    import torch
+
+    from griffin import checkpoint
+    from griffin.infer.engine import Engine
+    from griffin.machine import find_device
+    from griffin.memory import keep_freed_memory
+
+    tokenizer = checkpoint.load_tokenizer(settings.model)
+    if settings.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(settings.chat_template)
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    model = checkpoint.load(settings.model, device=find_device(settings.device), dtype=dtype)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    engine = Engine(
+        model,
+        tokenizer,
+        slots=settings.slots,
+        max_bytes=settings.max_bytes,
+        chunk=settings.chunk,
+        max_queue=settings.max_queue,
+    )
+    engine.start()
+    warm_up(engine, tokenizer)
+    state = model.new_state(1)
+    return Loaded(
+        engine=engine,
+        tokenizer=tokenizer,
+        facts={
+            "chat_template": tokenizer.chat_template is not None,
+            "vocab_size": model.config.vocab_size,
+            "window": model.config.window,
+            "state_bytes": None if model.config.window is None else state.nbytes,
+            "slots": engine.slots,
+            "embedding_width": model.config.width,
+        },
+        folds_system=refuses_system(tokenizer),
+    )
+
+
+def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Answer once, so that the first client does not wait for what is made at first use."""
+    from griffin.infer.request import Request
+
+    engine.submit(Request(prompt=tuple(tokenizer.begin_ids) or (0,), max_tokens=2), keep_state=False).completion()
+
+
+def refuses_system(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template has no place for a system's message, as Gemma's."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        tokenizer.encode_chat([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
+    except GriffinError:
+        return True
+    return False
