@@ -38,7 +38,7 @@ Chunk = Annotated[int, typer.Option(help="Tokens of a prompt read at once: more 
 
 
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of `Sampling`, where its signature has `sampling`, and one of these."""
+    """Give a command an option for each field of `Sampling` with a help where it has `sampling`, and one of these."""
     signature = inspect.signature(command, eval_str=True)
     types = get_type_hints(Sampling)
     offered = [
@@ -49,6 +49,7 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
             annotation=Annotated[types[each.name], typer.Option(help=each.metadata["help"])],
         )
         for each in fields(Sampling)
+        if "help" in each.metadata
     ]
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():

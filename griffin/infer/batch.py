@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin.infer.prefill import read_chunk
 from griffin.infer.request import Piece
 from griffin.infer.row import Row
 from griffin.infer.sampling import NUCLEUS_FIRST, Choice, Chosen, Columns, Filters, choose, draws, read_each
@@ -53,7 +54,7 @@ class Batch:
         places: int,
         *,
         keep: Callable[[Row, Held], None] | None = None,
-        every: int = 128,
+        every: int = 1,
         poison: bool = False,
     ) -> None:
         self.model, self.places, self.keep, self.every, self.poison = model, places, keep, every, poison
@@ -62,7 +63,9 @@ class Batch:
         device, V = self._state.position.device, model.config.vocab_size
         self._columns = Columns(places, V, device)
         self._uniform = torch.zeros(places, dtype=torch.float64, device=device)
-        self._seen: Tensor | None = None  # (N, V) bool, from the first row on that has a penalty
+        # (N, V), from the first row on that needs them:
+        self._seen: Tensor | None = None  # bool, which tokens the text holds, for the repetition penalty
+        self._offset: Tensor | None = None  # fp32, what is added to logits
         self._steps: dict[Any, DecodeStep] = {}
         self._grows = bool(self._state.growing())
         self._filters: dict[int, Filters] = {}  # of the rows as they are now, by the number of places shown
@@ -82,22 +85,13 @@ class Batch:
             place = len(self.rows)
             self._state.set_rows_([place], state)
             self._columns.set_(place, row.sampling)
-            if row.sampling.repetition_penalty not in (None, 1.0):
-                self._see(place, row)
+            self._enter(place, row)
             row.place = place
             self.rows.append(row)
         self._filters.clear()
         at = slice(len(self.rows) - len(rows), len(self.rows))
         self._draw(at)
-        seen = None if self._seen is None else self._seen[at]
-        chosen = choose(
-            logits,
-            self._columns.filters([row.sampling for row in rows], at),
-            self._uniform[at],
-            seen,
-            num_top=_num_top(rows),
-            first=None if logits.is_cuda else NUCLEUS_FIRST,
-        )
+        chosen = self._choose_at(at, logits, self._columns.filters([row.sampling for row in rows], at), rows)
         return self._take(rows, *read_each(chosen))
 
     def step(self) -> list[tuple[Row, Piece]]:
@@ -108,6 +102,7 @@ class Batch:
         tokens = torch.tensor(ids, dtype=torch.int64, device=self._uniform.device)
         if self._seen is not None:
             self._seen[:places].scatter_(1, tokens[:, None], True)
+        self._write_offsets([(row, *each) for row in self.rows if row.has_offsets for each in row.new_offsets()])
         self._draw(slice(0, n))
         step, whole = self._step_for(places)
         result = step(tokens)
@@ -115,7 +110,7 @@ class Batch:
             self._state.position[n:places] = 0
         chosen, logits = result if whole else self._choose(result[:n], n)
         for row in self.rows:
-            row.last_read = True
+            row.num_read += 1
             row.position += 1
         choice, faults = read_each(chosen)
         return self._take(list(self.rows), choice, faults, logits)
@@ -127,7 +122,14 @@ class Batch:
         state.longest = row.position
         return state
 
-    def leave(self, row: Row) -> None:
+    def end(self, row: Row) -> None:
+        """Let a row go, with the state that its completion is to have."""
+        row.state = self._state_shown(row) if row.keep_state else None
+        if row.tail is not None:
+            row.tail.state = None
+        self._leave(row)
+
+    def _leave(self, row: Row) -> None:
         """Let a row go; the last one takes its place."""
         place, last = row.place, len(self.rows) - 1
         assert place is not None
@@ -135,8 +137,9 @@ class Batch:
             self._state.set_rows_([place], self._state.rows([last]))
             for column in self._columns.tensors():
                 column[place] = column[last]
-            if self._seen is not None:
-                self._seen[place] = self._seen[last]
+            for wide in (self._seen, self._offset):
+                if wide is not None:
+                    wide[place] = wide[last]
             self.rows[place] = self.rows[last]
             self.rows[place].place = place
         self.rows.pop()
@@ -163,23 +166,57 @@ class Batch:
                 piece = row.take(choice.ids[index], choice.logprobs[index], choice.top[index])
             else:
                 piece = row.end("error", fault)
-            ended = piece.finish_reason is not None
-            if self.keep is not None and logits is not None and not fault and (ended or not row.position % self.every):
-                self.keep(row, Held(self.state_of(row), logits[index].clone()))
-            if ended:
-                if row.keep_state:
-                    row.state = self.state_of(row)
-                self.leave(row)
+            if row.tail is not None and row.tail.wants_state and piece.finish_reason is None:
+                row.tail.state = self.state_of(row)
+            if self.keep is not None and logits is not None and not fault:
+                self._keep(row, logits[index])
+            if piece.finish_reason is not None:
+                self.end(row)
             pieces.append((row, piece))
         return pieces
 
-    def _see(self, place: int, row: Row) -> None:
-        if self._seen is None:
-            self._seen = torch.zeros(
-                self.places, self.model.config.vocab_size, dtype=torch.bool, device=self._uniform.device
-            )
-        self._seen[place] = False
-        self._seen[place, list(row.request.prompt)] = True
+    def _keep(self, row: Row, logits: Tensor) -> None:
+        """Let the keeper have what a row has read, if it ends or stands where states are kept."""
+        assert self.keep is not None
+        if row.finish_reason is None and row.position % self.every:
+            return
+        whole = row.shown()[0] == row.num_read
+        self.keep(row, Held(self._state_shown(row), logits.clone() if whole else None))
+
+    def _state_shown(self, row: Row) -> State:
+        """Copy a busy row's state as it was after what is shown of the row: before a stop string."""
+        count = row.shown()[0]
+        if count == row.num_read:
+            return self.state_of(row)
+        assert row.tail is not None
+        assert row.tail.state is not None
+        state, read = row.tail.state.clone(), row.tail.ends[0][0]
+        if read < count:
+            read_chunk(self.model, [state], [row.tokens[read:count]])
+        return state
+
+    def _enter(self, place: int, row: Row) -> None:
+        """Fill the columns of (N, V) for a row that comes in."""
+        V, device = self.model.config.vocab_size, self._uniform.device
+        if row.sampling.repetition_penalty not in (None, 1.0):
+            if self._seen is None:
+                self._seen = torch.zeros(self.places, V, dtype=torch.bool, device=device)
+            self._seen[place] = False
+            self._seen[place, list(row.request.prompt)] = True
+        if row.has_offsets and self._offset is None:
+            self._offset = torch.zeros(self.places, V, dtype=torch.float32, device=device)
+        if self._offset is not None:
+            self._offset[place] = 0
+            row.place = place
+            self._write_offsets([(row, *each) for each in row.offsets()])
+
+    def _write_offsets(self, offsets: list[tuple[Row, int, float]]) -> None:
+        if offsets:
+            assert self._offset is not None
+            rows, tokens, values = zip(*offsets, strict=True)
+            places = torch.tensor([row.place for row in rows], dtype=torch.int64, device=self._offset.device)
+            ids = torch.tensor(tokens, dtype=torch.int64, device=self._offset.device)
+            self._offset[places, ids] = torch.tensor(values, dtype=torch.float32, device=self._offset.device)
 
     def _draw(self, at: slice) -> None:
         """Let the rows of these places take their uniform numbers."""
@@ -208,7 +245,7 @@ class Batch:
         """What a graph that chooses has been made for: which filters there are, and how many tokens are reported."""
         filters = self._shown(len(self.rows))
         given = [getattr(filters, name) is not None for name in ("temperature", "top_k", "top_p", "min_p", "penalty")]
-        return *given, filters.largest_k, _num_top(self.rows)
+        return *given, filters.largest_k, _num_top(self.rows), self._has_offsets(self.rows)
 
     def _shown(self, places: int) -> Filters:
         if places not in self._filters:
@@ -217,19 +254,28 @@ class Batch:
 
     def _choose(self, logits: Tensor, places: int) -> tuple[Chosen, Tensor]:
         """Nothing here waits for a GPU: there it is part of the graph of a step."""
-        first = None if logits.is_cuda else NUCLEUS_FIRST
-        seen = None if self._seen is None else self._seen[:places]
-        chosen = choose(
-            logits, self._shown(places), self._uniform[:places], seen, num_top=_num_top(self.rows), first=first
+        return self._choose_at(slice(0, places), logits, self._shown(places), self.rows), logits
+
+    def _choose_at(self, at: slice, logits: Tensor, filters: Filters, rows: Sequence[Row]) -> Chosen:
+        return choose(
+            logits,
+            filters,
+            self._uniform[at],
+            None if self._seen is None else self._seen[at],
+            offset=self._offset[at] if self._offset is not None and self._has_offsets(rows) else None,
+            num_top=_num_top(rows),
+            first=None if logits.is_cuda else NUCLEUS_FIRST,
         )
-        return chosen, logits
+
+    def _has_offsets(self, rows: Sequence[Row]) -> bool:
+        return any(row.has_offsets for row in rows)
 
 
 def place_bytes(model: Griffin) -> tuple[int, int]:
-    """What one place takes: its row of the state; and its filters, its draw and what it has seen."""
+    """What one place takes: its row of the state; and its columns, those of (N, V) too."""
     state = State.new(model.config, 1, model.activation_dtype, torch.device("meta"), "")
     columns = Columns(1, 1, torch.device("meta"))
-    return state.nbytes, sum(column.nbytes for column in columns.tensors()) + 8 + model.config.vocab_size
+    return state.nbytes, sum(column.nbytes for column in columns.tensors()) + 8 + 5 * model.config.vocab_size
 
 
 def _bucket(rows: int, exact: int) -> int:

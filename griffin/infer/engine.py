@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -20,8 +18,9 @@ import torch
 from griffin.errors import GriffinError, one_line
 from griffin.infer.batch import Batch, Held, place_bytes
 from griffin.infer.handle import Handle
-from griffin.infer.pace import Pace, passes, share
-from griffin.infer.prefill import read_chunk
+from griffin.infer.pace import Pace, share
+from griffin.infer.queue import Queue
+from griffin.infer.reader import Reader, read
 from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling
 from griffin.infer.row import Row
 from griffin.model import Griffin
@@ -29,6 +28,7 @@ from griffin.state import State, check_origin
 from griffin.tokenizer import Tokenizer
 
 SLOTS = 16  # where neither slots nor max_bytes is given
+EVERY = 128  # tokens between states that are kept
 _READERS = 16  # prompts read at once
 
 _log = logging.getLogger(__name__)
@@ -44,11 +44,11 @@ class Snapshots(Protocol):
     def find(self, tokens: Sequence[int], tenant: str) -> tuple[int, Held] | None:
         """Give the longest beginning of `tokens` that is kept: how many tokens, and what to go on from.
 
-        It may be all of them if its logits are known. What is returned is not written to.
+        It may be all of them if its logits are known. What is returned is the caller's own.
         """
 
-    def keep(self, tokens: Sequence[int], held: Held, tenant: str) -> None:
-        """Keep what has read `tokens`. `held` is the keeper's from now on."""
+    def keep(self, tokens: Sequence[int], held: Held, tenant: str, *, lasting: bool) -> None:
+        """Keep a copy of what has read `tokens`. `lasting`: texts part here; else it is on the way to such a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,6 @@ class Stats:
     tokens_from_snapshots: int  # of prompts, that were not read again
     tokens_generated: int
     turns: int
-
-
-@dataclass(slots=True, eq=False)
-class _Reader:
-    """A prompt on its way into a state of its own."""
-
-    handle: Handle
-    state: State
-    tokens: tuple[int, ...]  # still to be read
-    logits: torch.Tensor | None = None  # (1, V) after the last of them
 
 
 class Engine:
@@ -134,17 +124,18 @@ class Engine:
             raise ValueError(f"gap={gap} must be a positive number of seconds")
         self.model, self.tokenizer, self.snapshots = model, tokenizer, snapshots
         self.slots, self.readers = _capacity(model, slots, max_bytes)
-        self.max_queue = max_queue
-        self.max_queue_tokens = 2**20 if max_queue_tokens is None else max_queue_tokens
-        self._batch = Batch(model, self.slots, keep=None if snapshots is None else self._keep, poison=poison)
+        self._batch = Batch(
+            model, self.slots, keep=None if snapshots is None else self._keep_row, every=EVERY, poison=poison
+        )
         self._pace = Pace(gap, chunk)
         self._changed = threading.Condition()  # guards what follows
-        self._queues: OrderedDict[str, deque[tuple[Handle, State | Held | None]]] = OrderedDict()  # next tenant first
-        self._queued = self._queued_tokens = 0
+        self._queue: Queue[State | Held | None] = Queue(
+            max_queue, 2**20 if max_queue_tokens is None else max_queue_tokens
+        )
         self._closed = False
         self._thread: threading.Thread | None = None
         self.error: BaseException | None = None  # what ended it
-        self._readers: list[_Reader] = []  # the owner's, as are the batch and the counts
+        self._readers: list[Reader] = []  # the owner's, as are the batch and the counts
         self._handles: dict[Row, Handle] = {}  # of the batch
         self._counts = dict.fromkeys(Stats.__slots__, 0)
         _log.info(self.describe())
@@ -165,7 +156,15 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return self._queued
+        return self._queue.requests
+
+    @property
+    def max_queue(self) -> int:
+        return self._queue.max_requests
+
+    @property
+    def max_queue_tokens(self) -> int:
+        return self._queue.max_tokens
 
     def stats(self) -> Stats:
         return Stats(**self._counts)
@@ -204,9 +203,7 @@ class Engine:
         )
         with self._changed:
             self._admissible(len(request.prompt))
-            self._queues.setdefault(tenant, deque()).append((handle, state))
-            self._queued += 1
-            self._queued_tokens += len(request.prompt)
+            self._queue.put(handle, state)
             self._counts["requests"] += 1
             self._changed.notify_all()
         return handle
@@ -268,8 +265,15 @@ class Engine:
         vocab_size = self.model.config.vocab_size
         if request.prompt or not isinstance(state, Held) or state.logits is None:
             check_ids([request.prompt], vocab_size)
-        if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
-            raise ValueError(f"logprobs={request.logprobs} must be within 0 .. {vocab_size}, the vocabulary")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (wanted := getattr(request, name)) is not None and not 0 <= wanted <= vocab_size:
+                raise ValueError(f"{name}={wanted} must be within 0 .. {vocab_size}, the vocabulary")
+        for token in (*(request.sampling.logit_bias or ()), *(request.stop_ids if request.min_tokens else ())):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token {token}, whose logit is to be changed (logit_bias; min_tokens and stop_ids), "
+                    f"is not in the vocabulary, 0 .. {vocab_size - 1}"
+                )
         if request.n > self.slots:
             raise ValueError(f"n={request.n} answers do not fit {self.slots} slots")
         if state is not None:
@@ -285,24 +289,20 @@ class Engine:
             reason = f"the engine has ended: {one_line(self.error)}"
         elif self._closed:
             reason = "the engine is closed"
-        elif self._queued >= self.max_queue:
-            reason = f"{self._queued} requests wait, the most there may; try again later"
-        elif self._queued_tokens + tokens > self.max_queue_tokens:
-            reason = (
-                f"{self._queued_tokens:,} tokens of prompts wait and this one has {tokens:,}; "
-                f"there may be {self.max_queue_tokens:,}"
-            )
+        else:
+            reason = self._queue.full(tokens)
         if reason is not None:
             self._counts["refused"] += 1
             raise Refused(reason)
 
     def _all(self) -> list[Handle]:
         """Every request that has not ended."""
-        queued = [handle for handle, _ in chain.from_iterable(self._queues.values())]
-        return queued + [reader.handle for reader in self._readers] + list(dict.fromkeys(self._handles.values()))
+        return (
+            [*self._queue] + [reader.handle for reader in self._readers] + list(dict.fromkeys(self._handles.values()))
+        )
 
     def _has_work(self) -> bool:
-        return bool(self._queued or self._readers or self._batch.rows)
+        return bool(self._queue.requests or self._readers or self._batch.rows)
 
     def _turn(self) -> bool:
         with self._changed:
@@ -331,39 +331,22 @@ class Engine:
                 ended.append((handle, "cancelled"))
             elif handle.ends_at is not None and now >= handle.ends_at:
                 ended.append((handle, "deadline"))
-        gone = {handle for handle, _ in ended}
-        for queue in self._queues.values() if gone else ():
-            for entry in [entry for entry in queue if entry[0] in gone]:
-                queue.remove(entry)
-                self._unqueue(entry[0])
+        self._queue.remove({handle for handle, _ in ended})
         return ended
 
-    def _unqueue(self, handle: Handle) -> None:
-        self._queued -= 1
-        self._queued_tokens -= len(handle.request.prompt)
-
     def _admit(self) -> list[tuple[Handle, State | Held | None]]:
-        """Take requests from the queue while there are slots for their answers: of each tenant one in turn."""
-        free, readers, admitted = self.slots - self.busy, self.readers - len(self._readers), []
-        while readers and (tenant := next((name for name, queue in self._queues.items() if queue), None)) is not None:
-            queue = self._queues[tenant]
-            if queue[0][0].request.n > free:  # nobody overtakes it, or it would never find room
-                break
-            handle, state = queue.popleft()
-            self._unqueue(handle)
-            if queue:
-                self._queues.move_to_end(tenant)
-            else:
-                del self._queues[tenant]
-            admitted.append((handle, state))
-            free, readers = free - handle.request.n, readers - 1
+        """Take requests from the queue while there are slots for their answers."""
+        free, admitted = self.slots - self.busy, list[tuple[Handle, State | Held | None]]()
+        while len(self._readers) + len(admitted) < self.readers and (taken := self._queue.take(free)) is not None:
+            free -= taken[0].request.n
+            admitted.append(taken)
         return admitted
 
     def _begin(self, handle: Handle, state: State | Held | None) -> None:
         """Give a prompt its state: new, the caller's, or one that has read the beginning of it."""
         tokens, logits = handle.request.prompt, None
         handle.resumes = state is not None
-        if state is None and self.snapshots is not None:
+        if state is None and self.snapshots is not None and handle.request.prompt_logprobs is None:
             found = self.snapshots.find(tokens, handle.tenant)
             if found is not None:
                 count, state = found
@@ -371,43 +354,42 @@ class Engine:
                 self._counts["tokens_from_snapshots"] += count
         if isinstance(state, Held):
             logits, state = None if tokens else state.logits, state.state
-        own = self.model.new_state(1) if state is None else state.clone()
+        own = self.model.new_state(1) if state is None else state.clone() if handle.resumes else state
         for row in handle.rows:
             row.position = int(own.position[0])
-        self._readers.append(_Reader(handle, own, tokens, None if logits is None else logits[None]))
+        keeps = self.snapshots is not None and not handle.resumes
+        edges = self._edges(len(handle.request.prompt), handle.request.borders) if keeps else ()
+        self._readers.append(Reader(handle, own, tokens, edges, None if logits is None else logits[None]))
 
     def _read(self) -> None:
         """Read a chunk, and let the prompts that have been read to their end join the batch."""
         unread = [reader for reader in self._readers if reader.tokens]
         counts = share(
             [reader.handle.tenant for reader in unread],
-            [len(reader.tokens) for reader in unread],
+            [reader.limit() for reader in unread],
             self._pace.tokens(decoding=bool(self._batch.rows)),
             self._pace.chunk,
         )
-        reading = [(reader, count) for reader, count in zip(unread, counts, strict=True) if count]
-        began = time.perf_counter()
-        for group in passes([count for _, count in reading]):
-            self._read_together([reading[index] for index in group])
         if total := sum(counts):
+            began = time.perf_counter()
+            reading = [(reader, count) for reader, count in zip(unread, counts, strict=True) if count]
+            read(self.model, [reader for reader, _ in reading], [count for _, count in reading])
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
             self._pace.read(total, time.perf_counter() - began)
             self._counts["tokens_read"] += total
+            for reader, _ in reading:
+                if reader.at in reader.edges:
+                    row, borders = reader.handle.rows[0], reader.handle.request.borders
+                    self._keep(reader.handle, row, Held(reader.state, None), lasting=reader.at in borders)
         self._join([reader for reader in self._readers if reader.logits is not None])
 
-    def _read_together(self, group: list[tuple[_Reader, int]]) -> None:
-        """Read so many tokens of each prompt, in one pass."""
-        pieces = [reader.tokens[:count] for reader, count in group]
-        ends = read_chunk(self.model, [reader.state for reader, _ in group], pieces)
-        for index, (reader, count) in enumerate(group):
-            reader.tokens = reader.tokens[count:]
-            for row in reader.handle.rows:
-                row.position += count
-            if not reader.tokens:
-                reader.logits = self.model.logits(ends[index : index + 1])
+    def _edges(self, prompt: int, borders: Sequence[int]) -> tuple[int, ...]:
+        """Where in a prompt states are kept: at its borders, and at multiples of EVERY tokens in its last window."""
+        first = max(0, prompt - (self.model.config.window or prompt)) // EVERY + 1
+        return tuple(sorted({*(at for at in borders if 0 < at < prompt), *range(first * EVERY, prompt, EVERY)}))
 
-    def _join(self, readers: list[_Reader]) -> None:
+    def _join(self, readers: list[Reader]) -> None:
         """Let prompts that have been read to their end have their first tokens."""
         joining: list[tuple[Row, State, torch.Tensor]] = []
         for reader in readers:
@@ -416,7 +398,7 @@ class Engine:
             rows = reader.handle.rows
             self._handles |= dict.fromkeys(rows, reader.handle)
             if self.snapshots is not None:
-                self._keep(rows[0], Held(reader.state.clone(), reader.logits[0].clone()))
+                self._keep(reader.handle, rows[0], Held(reader.state, reader.logits[0]), lasting=True)
             if reader.handle.request.max_tokens:
                 joining += [(row, reader.state, reader.logits) for row in rows]
                 continue
@@ -427,12 +409,14 @@ class Engine:
             rows, states, logits = zip(*joining, strict=True)
             self._deliver(self._batch.join(rows, states, torch.cat(logits)))
 
-    def _keep(self, row: Row, held: Held) -> None:
+    def _keep_row(self, row: Row, held: Held) -> None:
+        self._keep(self._handles[row], row, held, lasting=row.finish_reason is not None)
+
+    def _keep(self, handle: Handle, row: Row, held: Held, *, lasting: bool) -> None:
         """Let the keeper have what a row has read, if that began with its prompt."""
-        handle = self._handles[row]
         if self.snapshots is not None and not handle.resumes:
-            text = (*row.request.prompt, *row.tokens)[: row.position]
-            self.snapshots.keep(text, held, handle.tenant)
+            text = (*row.request.prompt, *row.tokens[: row.shown()[0]])[: row.position]
+            self.snapshots.keep(text, held, handle.tenant, lasting=lasting)
 
     def _deliver(self, pieces: list[tuple[Row, Piece]]) -> None:
         for row, piece in pieces:
@@ -453,11 +437,11 @@ class Engine:
         for row in handle.rows:
             if row.finish_reason is not None:
                 continue
-            if row.place is not None:
-                row.state = self._batch.state_of(row) if row.keep_state else None
-                self._batch.leave(row)
             self._handles[row] = handle
-            self._deliver([(row, row.end(reason))])
+            piece = row.end(reason)
+            if row.place is not None:
+                self._batch.end(row)
+            self._deliver([(row, piece)])
 
     def completion(self, handle: Handle, answer: int = 0) -> Completion:
         """Give an answer as far as it is, changing nothing. The owner's thread, between turns."""
@@ -468,8 +452,7 @@ class Engine:
         """End everything with an error."""
         with self._changed:
             self.error, handles = error, self._all()
-            self._queues.clear()
-            self._queued = self._queued_tokens = 0
+            self._queue.clear()
             self._changed.notify_all()
         self._readers.clear()
         self._handles.clear()

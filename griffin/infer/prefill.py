@@ -51,11 +51,11 @@ def prefill(
         progress(0, total)
     while rows:
         pieces = [prompts[row][start : start + chunk] for row in rows]
-        ends = _read(model, part, pieces)
+        hidden = _read(model, part, pieces)
         start += chunk
         for index, row in enumerate(rows):
             if start >= len(prompts[row]):
-                last[row] = ends[index]
+                last[row] = hidden[index, len(pieces[index]) - 1].clone()  # not a view: the chunk must not stay
         going = [index for index, row in enumerate(rows) if start < len(prompts[row])]
         if len(going) < len(rows):
             if part is not state:
@@ -69,34 +69,32 @@ def prefill(
 
 
 @torch.no_grad()
-def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequence[int]]) -> Tensor:
+def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequence[int]]) -> list[Tensor]:
     """Read one piece of each row in one pass; the states, one row each, are advanced in place.
 
     Rows that are shorter than the longest are padded, which costs time and changes nothing.
 
     Returns:
-        (B, D) what the model made of each piece's last token.
+        For each piece, (T, D) what the model made of its T tokens: a view of the chunk.
     """
     if len(states) == 1:
-        return _read(model, states[0], pieces)
+        return [_read(model, states[0], pieces)[0]]
     together = model.new_state(len(states))
     for row, state in enumerate(states):
         together.set_rows_([row], state)
-    ends = _read(model, together, pieces)
+    hidden = _read(model, together, pieces)
     for row, (state, piece) in enumerate(zip(states, pieces, strict=True)):
         longest = state.longest + len(piece)
         state.set_rows_([0], together.rows([row]))
         state.longest = longest  # not that of its neighbours
-    return ends
+    return [hidden[row, : len(piece)] for row, piece in enumerate(pieces)]
 
 
 def _read(model: Griffin, state: State, pieces: Sequence[Sequence[int]]) -> Tensor:
-    """Read a piece of each row of one state: (B, D) of each one's last token."""
+    """Read a piece of each row of one state: (B, T, D), padded to the longest."""
     lengths, device = [len(piece) for piece in pieces], state.position.device
     T = max(lengths)
     padded = [[*piece, *([0] * (T - len(piece)))] for piece in pieces]
     tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-    counts = torch.tensor(lengths, dtype=torch.int64, device=device)
-    hidden = model(tokens, state, lengths=counts if min(lengths) < T else None)  # (B, T, D)
-    # Not a view: the chunk must not stay.
-    return hidden[torch.arange(len(pieces), dtype=torch.int64, device=device), counts - 1]
+    ragged = torch.tensor(lengths, dtype=torch.int64, device=device) if min(lengths) < T else None
+    return model(tokens, state, lengths=ragged)

@@ -7,7 +7,7 @@ one field here, its help beside it, and its arithmetic in `griffin.infer.samplin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,8 @@ def _option(default: Any, text: str) -> Any:
 class Sampling:
     """How the next token is chosen. Filters act in this order, which is Hugging Face's:
 
-    repetition_penalty -> temperature -> top_k -> top_p -> min_p -> one draw from what is left, renormalised.
+    repetition_penalty -> presence_penalty, frequency_penalty -> logit_bias -> temperature -> top_k -> top_p -> min_p
+    -> one draw from what is left, renormalised.
 
     (Some programs temper last: there the same top_p keeps another set.) Every filter keeps at least one token. Where
     tokens tie at a border, the lower ids stay.
@@ -51,6 +52,11 @@ class Sampling:
     # Logits of tokens that the text holds already are divided by it if positive, multiplied if negative
     # (CTRL, arXiv:1909.05858).
     repetition_penalty: float | None = _option(None, "Above 1 discourages tokens that are in the text already.")
+    # p and f: the logit of a token that was chosen c > 0 times so far becomes logit - p - f c (OpenAI's API).
+    presence_penalty: float | None = _option(None, "Above 0 discourages tokens that the answer has.")
+    frequency_penalty: float | None = _option(None, "Above 0 discourages tokens by how often the answer has them.")
+    # Of some ids: added to their logits; -inf forbids one.
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = _option(None, "The same seed gives the same text. Default: a new one each time.")
 
     def __post_init__(self) -> None:
@@ -66,6 +72,12 @@ class Sampling:
             math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         ):
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be a positive number (1 is none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a number (0 is none)")
+        for token, value in (self.logit_bias or {}).items():
+            if not value < math.inf:
+                raise ValueError(f"logit_bias of token {token} is {value}; it must be a number, or -inf to forbid it")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be within 0 .. {2**63 - 1}")
 
@@ -95,13 +107,18 @@ class Request:
     stop: tuple[str, ...] = ()  # strings that end it; the text ends before them
     stop_ids: frozenset[int] = frozenset()  # ids that end it
     logprobs: int | None = None  # how many of the likeliest tokens to report, 0 for the chosen one only; None: nothing
+    prompt_logprobs: int | None = None  # the same of the prompt's own tokens
+    min_tokens: int = 0  # before so many, stop_ids cannot be chosen
+    borders: tuple[int, ...] = ()  # after how many tokens of the prompt another may part from it: messages' ends
     n: int = 1  # answers to it: the prompt is read once; of a given seed, they have seed, seed + 1 ...
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise GriffinError(f"n={self.n} answers must be at least 1")
         if self.max_tokens < 0:
             raise GriffinError(f"max_tokens={self.max_tokens} must be 0 (only read the prompt) or more")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise GriffinError(f"min_tokens={self.min_tokens} must be within 0 .. max_tokens={self.max_tokens}")
+        if self.n < 1:
+            raise GriffinError(f"n={self.n} answers must be at least 1")
 
 
 def as_requests(
@@ -115,6 +132,8 @@ def as_requests(
     stop_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    min_tokens: int = 0,
     **sampling: Any,
 ) -> list[Request]:
     """Build the requests of one call: `griffin.generate` explains the options.
@@ -131,9 +150,8 @@ def as_requests(
     """
     known = {each.name for each in fields(Sampling)}
     if unknown := sorted(sampling.keys() - known):
-        names = sorted(
-            known | {"max_tokens", "stop", "stop_ids", "ignore_eos", "logprobs", "prefill_chunk", "progress"}
-        )
+        others = "max_tokens stop stop_ids ignore_eos logprobs prompt_logprobs min_tokens prefill_chunk progress"
+        names = sorted(known | set(others.split()))
         raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(names)}")
     ids = [
         tokenizer.encode(prompt, bos=bos) if isinstance(prompt, str) else _as_ids(index, prompt)
@@ -151,6 +169,8 @@ def as_requests(
             stop=stops,
             stop_ids=ends,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            min_tokens=min_tokens,
         )
         for prompt, limit, row_seed in zip(ids, limits, seeds, strict=True)
     ]
@@ -189,11 +209,14 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None  # of `tokens`; None unless asked for
     finish_reason: FinishReason | None  # None: interrupted
     prompt_tokens: int
-    # One row that has read the prompt and `tokens`, except `unread`; None: it was not to be kept, or the prompt was not
-    # read to its end.
+    # One row that has read what is shown, the prompt and `text`, except `unread`: nothing of a stop string. None: it
+    # was not to be kept, or the prompt was not read to its end.
     state: State | None = field(repr=False)
-    # The last of `tokens`, chosen and not read. To go on: generate(..., [[*unread, *more]], state=state).
+    # The end of what is shown: the last of `tokens`, chosen and not read; or ids of the text before a stop string that
+    # began within a token. To go on: generate(..., [[*unread, *more]], state=state).
     unread: tuple[int, ...]
+    # Of the prompt's tokens, None for one that nothing was known before: the first. None unless asked for.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     reason: str | None = None  # in words, where finish_reason is "error"
 
 

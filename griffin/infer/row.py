@@ -1,7 +1,10 @@
-"""One answer on its way: ids, text, and what ends it. It knows no tensors but its finished state."""
+"""One answer on its way: ids, text, and what ends it. It knows no tensors but the states it is given to hold."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
 from copy import copy
 
 from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
@@ -32,23 +35,31 @@ class Row:
             self.stream.push(token)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] = []
         self.texts: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.reason: str | None = None
-        self.last_read = True  # whether the model has read the last of `tokens`
-        self.position = 0  # tokens that its state has read
         self.place: int | None = None  # in the batch
+        self.position = 0  # tokens that its state has read
+        self.num_read = 0  # of them, of `tokens`
         self.state: State | None = None  # once it has left the batch, if it is to be kept
+        self.tail = Tail(tokenizer) if request.stop else None
+        self._counts = Counter[int]()
+        self._penalises = bool(sampling.presence_penalty or sampling.frequency_penalty)
 
     def take(self, token: int, logprob: float, top: list[tuple[int, float]]) -> Piece:
         """Add a chosen token, and say what it adds to the text."""
         if token in self.request.stop_ids:
             return self.piece((), self._end(), "stop")
         self.tokens.append(token)
-        self.last_read = False
+        if self._penalises:
+            self._counts[token] += 1
         if self.request.logprobs is not None:
             self.logprobs.append(TokenLogprob(token, logprob, tuple(top[: self.request.logprobs])))
-        text = self.gate.push(self.stream.push(token))
+        told = self.stream.push(token)
+        text = self.gate.push(told)
+        if self.tail is not None:
+            self.tail.push(len(told), self.gate, finished=not self.stream.unfinished())
         if self.gate.stopped:
             return self.piece((token,), text, "stop")
         if len(self.tokens) == self.request.max_tokens:
@@ -78,9 +89,38 @@ class Row:
             finish_reason=self.finish_reason,
             prompt_tokens=len(self.request.prompt),
             state=state,
-            unread=() if self.last_read else tuple(self.tokens[-1:]),
+            unread=self.shown()[1],
             reason=self.reason,
+            prompt_logprobs=tuple(self.prompt_logprobs) if self.request.prompt_logprobs is not None else None,
         )
+
+    def shown(self) -> tuple[int, tuple[int, ...]]:
+        """How many of `tokens` a state that goes on from what is shown has read, and what it has yet to read."""
+        if self.tail is not None and self.gate.stopped and self.finish_reason is not None:
+            return self.tail.cut("".join(self.texts))
+        return self.num_read, tuple(self.tokens[self.num_read :])
+
+    @property
+    def has_offsets(self) -> bool:
+        return self._penalises or bool(self.sampling.logit_bias) or self.request.min_tokens > 0
+
+    def offsets(self) -> Iterator[tuple[int, float]]:
+        """What is added to which tokens' logits before the first one is chosen."""
+        yield from (self.sampling.logit_bias or {}).items()
+        if self.request.min_tokens:
+            yield from ((token, -math.inf) for token in self.request.stop_ids)
+
+    def new_offsets(self) -> Iterator[tuple[int, float]]:
+        """What the last token chosen has made other."""
+        if self._penalises:
+            yield self.tokens[-1], self._offset(self.tokens[-1])
+        if self.request.min_tokens and len(self.tokens) == self.request.min_tokens:
+            yield from ((token, self._offset(token)) for token in self.request.stop_ids)
+
+    def _offset(self, token: int) -> float:
+        count = self._counts[token]
+        penalty = (self.sampling.presence_penalty or 0) + (self.sampling.frequency_penalty or 0) * count
+        return (self.sampling.logit_bias or {}).get(token, 0.0) - (penalty if count else 0.0)
 
     def _end(self) -> str:
         """The text that waited for more. The end of a character may still complete a stop string."""
@@ -92,3 +132,42 @@ class Row:
         gate = copy(self.gate)
         text = gate.push(self.stream.unfinished())
         return text if gate.stopped else text + gate.finish()
+
+
+class Tail:
+    """Where a row can be cut, should what is held back become a stop string: tokens and the text they end.
+
+    Before the first token whose text is held back, a copy of the state is kept (`state`, asked for by `wants_state`):
+    from there, what comes before the stop string is read again.
+
+    Args:
+        tokenizer: turns a rest of a token's text into ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.state: State | None = None  # which has read the first `ends[0][0]` tokens
+        self.wants_state = False  # it is to be set, before the last token is read
+        self.ends = [(0, 0)]  # (tokens, characters) where a text of whole characters ends, from where `state` stands
+        self._tokenizer = tokenizer
+        self._tokens = self._characters = 0
+
+    def push(self, characters: int, gate: StopGate, *, finished: bool) -> None:
+        """Add a token that gave so many characters; `finished`: none is begun."""
+        before = (self._tokens, self._characters)
+        self._tokens += 1
+        self._characters += characters
+        whole = self.ends[-1] == before
+        first_held = self._characters - gate.held
+        self.wants_state = False
+        if not gate.stopped and whole and first_held >= before[1]:
+            # Nothing from before this token is held back: that is where the state stands now.
+            self.ends, self.state = [before], None
+            self.wants_state = not finished or gate.held > 0
+        if finished:
+            self.ends.append((self._tokens, self._characters))
+
+    def cut(self, shown: str) -> tuple[int, tuple[int, ...]]:
+        """How many tokens lie within `shown`, the text before a stop string, and the ids of what they lack of it."""
+        tokens, characters = max(end for end in self.ends if end[1] <= len(shown))
+        rest = shown[characters:]
+        return tokens, tuple(self._tokenizer.encode(rest, bos=False)) if rest else ()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from griffin.errors import GriffinError
-from griffin.infer.request import Sampling
+from griffin.infer.request import Sampling, TokenLogprob
 
 NUCLEUS_FIRST = 1024  # candidates that top-p looks at before it sorts the whole vocabulary
 
@@ -95,7 +95,7 @@ class Chosen:
 
     ids: Tensor  # (B,) int64
     logprobs: Tensor  # (B,) fp32
-    largest: Tensor  # (B,) fp32, the largest logit: not finite if any is NaN or inf, or all are forbidden
+    largest: Tensor  # (B,) fp32, the largest logit there was to choose: NaN or inf if any is, -inf if all are forbidden
     top_ids: Tensor  # (B, num_top) int64, the likeliest, best first
     top_logprobs: Tensor  # (B, num_top) fp32
 
@@ -106,6 +106,7 @@ def choose(
     uniform: Tensor,
     seen: Tensor | None = None,
     *,
+    offset: Tensor | None = None,
     num_top: int = 0,
     first: int | None = None,
 ) -> Chosen:
@@ -116,11 +117,13 @@ def choose(
         filters: what is left of them, see `Sampling`.
         uniform: (B,) fp64 in [0, 1), one draw for each row.
         seen: (B, V) bool, the tokens that the penalty applies to; None means none.
+        offset: (B, V) fp32, added after the penalty; -inf forbids a token. None means nothing.
         num_top: how many of the likeliest tokens to report.
         first: candidates that top-p looks at before it sorts the whole vocabulary, which waits for the device to learn
             whether they are enough; None sorts at once.
     """
     scores = logits if seen is None or filters.penalty is None else penalised(logits, filters.penalty, seen)
+    scores = scores if offset is None else scores + offset
     ids = scores.argmax(dim=-1)  # the first of equals
     if filters.temperature is not None:
         drawn = invert(weights_of(scores, filters, first), uniform)
@@ -128,7 +131,7 @@ def choose(
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     logprobs = (logits.gather(1, ids[:, None]) - normaliser)[:, 0]
     values, indices = logits.topk(num_top, dim=-1)
-    return Chosen(ids, logprobs, logits.amax(dim=-1), indices, values - normaliser)
+    return Chosen(ids, logprobs, scores.amax(dim=-1), indices, values - normaliser)
 
 
 def penalised(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
@@ -253,13 +256,31 @@ def read(chosen: Chosen) -> Choice:
 
 def read_each(chosen: Chosen) -> tuple[Choice, list[str | None]]:
     """As `read`, and say what is wrong with each row; None: nothing. What was chosen for a wrong row means nothing."""
-    faults = [
-        None  # NaN passes through amax
-        if math.isfinite(largest)
-        else f"the largest logit is {largest}; the weights or the state hold NaN or infinity "
-        "(fp16 overflows: load the model in bfloat16 or float32), or every token is forbidden"
-        for largest in chosen.largest.tolist()
-    ]
+    faults = [_fault(largest) for largest in chosen.largest.tolist()]
     pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
     top = [list(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
     return Choice(chosen.ids.tolist(), chosen.logprobs.tolist(), top), faults
+
+
+def _fault(largest: float) -> str | None:
+    if math.isfinite(largest):  # NaN passes through amax
+        return None
+    if largest == -math.inf:
+        return "every token is forbidden"
+    return (
+        f"the largest logit is {largest}; the weights or the state hold NaN or infinity "
+        "(fp16 overflows: load the model in bfloat16 or float32)"
+    )
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """What logits (T, V) gave to T ids, and to the likeliest."""
+    index = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    values = (logits.gather(1, index[:, None]) - normaliser)[:, 0].tolist()
+    best, indices = logits.topk(num_top, dim=-1)
+    tops = zip(indices.tolist(), (best - normaliser).tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, tuple(zip(*top, strict=True)))
+        for token, value, top in zip(ids, values, tops, strict=True)
+    ]

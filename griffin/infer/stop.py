@@ -37,6 +37,11 @@ class StopGate:
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
+    @property
+    def held(self) -> int:
+        """How many characters are held back."""
+        return len(self._held)
+
     def finish(self) -> str:
         """Return what was held back: nothing more comes, so it was no stop string."""
         held, self._held = self._held, ""

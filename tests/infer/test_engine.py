@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused_at_once(model: Griffin, tokenizer: Tokeniz
             reasons.append(str(refused))
     assert (len(handles), len(reasons)) == (4, 56)
     assert all(reason == "4 requests wait, the most there may; try again later" for reason in reasons)
-    engine.max_queue = 5
+    engine._queue.max_requests = 5
     with pytest.raises(Refused, match="10 tokens of prompts wait and this one has 99; there may be 40"):
         engine.submit(request("x" * 99, 3))
     finish(engine)
@@ -278,17 +278,20 @@ class Kept:
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, tuple[int, ...]], Held] = {}
+        self.lasting: dict[int, bool] = {}
 
     def find(self, tokens: Sequence[int], tenant: str) -> tuple[int, Held] | None:
         for count in range(len(tokens), 0, -1):
             held = self.held.get((tenant, tuple(tokens[:count])))
-            if held is not None:
-                return count, held
+            if held is not None and (held.logits is not None or count < len(tokens)):
+                return count, Held(held.state.clone(), held.logits)
         return None
 
-    def keep(self, tokens: Sequence[int], held: Held, tenant: str) -> None:
+    def keep(self, tokens: Sequence[int], held: Held, tenant: str, *, lasting: bool) -> None:
         assert held.state.position.item() == len(tokens)
-        self.held[tenant, tuple(tokens)] = held
+        logits = None if held.logits is None else held.logits.clone()
+        self.held[tenant, tuple(tokens)] = Held(held.state.clone(), logits)
+        self.lasting[len(tokens)] = lasting
 
 
 def test_what_was_read_before_is_not_read_again(model: Griffin, tokenizer: Tokenizer) -> None:
