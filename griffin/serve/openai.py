@@ -118,7 +118,7 @@ def _choice(
     told = tokenizer.decode(prompt) if body.echo else ""
     logprobs = None
     if body.logprobs is not None:
-        entries: list[Any] = [*getattr(completion, "prompt_logprobs", ())] if body.echo else []
+        entries: list[Any] = [*(completion.prompt_logprobs or ())] if body.echo else []
         entries += completion.logprobs or ()
         tokens = [*(prompt if body.echo else ()), *completion.tokens]
         logprobs = answers.legacy_logprobs(tokenizer, entries, tokens, top=body.logprobs)

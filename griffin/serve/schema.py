@@ -112,6 +112,9 @@ class Generation(Body):
     def _together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for stream: true")
+        most = getattr(self, "max_completion_tokens", None) or getattr(self, "max_tokens", None)
+        if self.min_tokens and most is not None and self.min_tokens > most:
+            raise ValueError("min_tokens is more than max_tokens")
         if self.session is not None and (self.n or 1) > 1:
             raise ValueError("a session goes on with one answer: n must be 1; fork the session for more")
         return self

@@ -180,6 +180,46 @@ def test_completion_logprobs(client: Any, direct: Any, tokenizer: Any) -> None:
     assert all(math.isfinite(value) for value in logprobs.token_logprobs)
 
 
+def test_echoed_logprobs_are_the_prompts(client: Any, direct: Any, tokenizer: Any) -> None:
+    """What lm-eval asks for: ids, echo, logprobs, one token."""
+    ids = tokenizer.encode("To be, or not to be, that is")
+    answer = client.completions.create(
+        model="tiny", prompt=[ids], max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    (expected,) = direct([ids], max_tokens=1, temperature=0, logprobs=1, prompt_logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[0] is None
+    right = [each.logprob for each in (*expected.prompt_logprobs[1:], *expected.logprobs)]
+    assert logprobs.token_logprobs[1:] == pytest.approx(right, abs=1e-4)
+    assert len(logprobs.tokens) == len(ids) + 1 == len(logprobs.text_offset)
+    assert answer.choices[0].text.startswith("To be, or not to be, that is")
+    read = client.completions.create(model="tiny", prompt=[ids], max_tokens=0, logprobs=0, echo=True)
+    assert read.choices[0].logprobs.token_logprobs[1:] == pytest.approx(right[:-1], abs=1e-4)
+    assert read.choices[0].logprobs.top_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"logit_bias": {"300": 100}},
+        {"extra_body": {"repetition_penalty": 1.5, "top_k": 5, "min_p": 0.01}, "top_p": 0.9},
+        {"extra_body": {"min_tokens": 10}, "logit_bias": {"1": 50}},
+    ],
+)
+def test_every_option_reaches_the_library(client: Any, direct: Any, options: dict[str, Any]) -> None:
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=16, seed=9, **options)
+    own = {**options, **options.get("extra_body", {})}
+    own.pop("extra_body", None)
+    if "logit_bias" in own:
+        own["logit_bias"] = {int(token): value for token, value in own["logit_bias"].items()}
+    (expected,) = direct([PROMPT], max_tokens=16, seed=9, **own)
+    assert answer.choices[0].text == expected.text
+    (plain,) = direct([PROMPT], max_tokens=16, seed=9)
+    assert plain.text != expected.text
+
+
 @pytest.mark.parametrize(
     ("options", "param"),
     [
