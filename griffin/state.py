@@ -280,6 +280,33 @@ class State:
         return state_file.load(path, model)
 
 
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Give q and e with x ~ q 2^e: keys or values of the window at rest, one exponent for each head of each slot.
+
+    e is the smallest whole number with max |x| <= 127 * 2^e. With a power of two `from_int8` rounds nothing, in fp32,
+    bf16 and fp16 alike, and to_int8(from_int8(q, e)) is (q, e) again: what is stored, restored and stored again loses
+    once. |error| <= 2^(e - 1), which is max |x| / 254 to max |x| / 127.
+
+    Args:
+        x: (..., K) finite.
+
+    Returns:
+        q: (..., K) int8, -127 .. 127.
+        e: (...) int8. Numbers below 2^-127 become 0.
+    """
+    wide = x.float()
+    fraction, power = torch.frexp(wide.abs().amax(dim=-1))  # max = fraction 2^power, fraction in [0.5, 1)
+    exponent = (power - 7 + (fraction > 127 / 128)).clamp(-126, 120)
+    q = torch.ldexp(wide, -exponent[..., None]).round().clamp(-127, 127)
+    return q.to(torch.int8), exponent.to(torch.int8)
+
+
+def from_int8(q: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give q 2^e (..., K) in `dtype`."""
+    most = torch.finfo(dtype).max  # 64 * 2^10 is above fp16's largest number
+    return torch.ldexp(q.float(), exponent[..., None].int()).to(dtype).clamp(-most, most)
+
+
 def check_origin(state: State, model: Model) -> None:
     """Raise GriffinError unless this model, or a copy of it, made the state."""
     if state.model_id != model.model_id:

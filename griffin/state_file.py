@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from griffin import fingerprint
 from griffin.errors import GriffinError
 from griffin.files import save_tensors, whole_file
 from griffin.reading import MOST_TEXT_BYTES, open_tensors, parse_json
-from griffin.state import Model, State, check_origin
+from griffin.state import Model, State, check_origin, from_int8, to_int8
 
 FORMAT = "griffin-state-2"
 _FIELDS = {"format", "fingerprint", "longest", "sha256"}
+_INT8 = {"window": "int8"}  # one field more, where keys and values are q and e of `griffin.state.to_int8`
+_EXPONENT, _MORE = ".exponent", "more."
 _METADATA = "metadata"  # a tensor of bytes, JSON in UTF-8: a long conversation must not make a long header
 _MOST_HEADER_BYTES = 2**20  # 80 layers have 20 kB
 _MOST_TOKENS = 2**48  # in one document: offsets, and sums of them, are far from the end of int64
@@ -30,12 +33,40 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I64": torch.int64,
+    "I32": torch.int32,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 _Kind = tuple[tuple[int, ...], torch.dtype]  # shape, dtype
 
 
-def save(state: State, path: str | Path, model: Model, *, metadata: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """All that a file holds."""
+
+    state: State
+    metadata: dict[str, str]
+    more: dict[str, Tensor]  # on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """What a tensor (N,) beside a state may be."""
+
+    dtype: torch.dtype
+    length: int | None = None  # None: any, up to `most`
+    most: int = 2**26
+
+
+def save(
+    state: State,
+    path: str | Path,
+    model: Model,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+    int8_window: bool = False,
+) -> None:
     """Write a safetensors file, whole or not at all, with the model's fingerprint and a checksum of everything in it.
 
     Its size is `state.nbytes`, the metadata, and a header of some 100 bytes per tensor.
@@ -45,6 +76,8 @@ def save(state: State, path: str | Path, model: Model, *, metadata: Mapping[str,
         path: the file. A leading ~ is the home folder.
         model: the model that made the state. Its weights are read for the fingerprint, once: about a second per 2 GB.
         metadata: strings to keep with it (a conversation's text, say).
+        more: tensors (N,) to keep with it, by name; `load_all` reads them.
+        int8_window: write keys and values in 8 bits, see `griffin.state.to_int8`: the file is then not exact.
 
     Raises:
         GriffinError: the state is another model's, or holds NaN, infinity or offsets that cannot be; or the file
@@ -56,8 +89,15 @@ def save(state: State, path: str | Path, model: Model, *, metadata: Mapping[str,
     text = json.dumps(dict(metadata or {})).encode()
     if len(text) > MOST_TEXT_BYTES:
         raise GriffinError(f"metadata of {len(text):,} bytes is more than the {MOST_TEXT_BYTES:,} that are read again")
+    if int8_window:
+        for name in _windows(tensors):
+            tensors[name], tensors[name + _EXPONENT] = to_int8(tensors[name])
+    extra = {_MORE + name: tensor.detach().cpu().contiguous() for name, tensor in (more or {}).items()}
+    _check_finite("the state", extra)
+    tensors |= extra
     tensors[_METADATA] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     fields = {"format": FORMAT, "fingerprint": fingerprint.of(model), "longest": str(state.longest)}
+    fields |= _INT8 if int8_window else {}
     with whole_file(_place(path)) as temporary:
         save_tensors(tensors, temporary, {**fields, "sha256": _digest(fields, tensors)})
 
@@ -76,10 +116,22 @@ def load(path: str | Path, model: Model) -> State:
 
 def load_both(path: str | Path, model: Model) -> tuple[State, dict[str, str]]:
     """Read a state as `load` does, and the strings that were saved with it, in one reading of the file."""
+    loaded = load_all(path, model)
+    return loaded.state, loaded.metadata
+
+
+def load_all(path: str | Path, model: Model, more: Mapping[str, Vector] | None = None) -> Loaded:
+    """Read a state as `load` does, the strings and the tensors that were saved with it.
+
+    Args:
+        path: the file.
+        model: whose state it is.
+        more: what tensors there may be beside the state; any other refuses the file. A file need not have them.
+    """
     path = _place(path)
     file, fields, kinds = _open(path)
     new = model.new_state(0)
-    longest = _check_kinds(path, fields, kinds, new)
+    longest = _check_kinds(path, fields, kinds, new, more or {})
     tensors = _read(path, file, fields, kinds)
     if fields["fingerprint"] != (own := fingerprint.of(model)):
         raise GriffinError(
@@ -87,6 +139,11 @@ def load_both(path: str | Path, model: Model) -> tuple[State, dict[str, str]]:
             f"{own[:12]}); load it with the model it was made by"
         )
     metadata = _metadata(path, tensors.pop(_METADATA))
+    extra = {name.removeprefix(_MORE): tensors.pop(name) for name in list(tensors) if name.startswith(_MORE)}
+    _check_finite(str(path), extra)
+    if fields.get("window"):
+        for name, tensor in _windows(new.tensors()).items():
+            tensors[name] = from_int8(tensors[name], tensors.pop(name + _EXPONENT), tensor.dtype)
     _check_values(str(path), tensors, longest, new.growing())
     state = model.new_state(len(tensors["position"]))
     state.longest = longest
@@ -95,7 +152,7 @@ def load_both(path: str | Path, model: Model) -> tuple[State, dict[str, str]]:
     with torch.no_grad():
         for name, tensor in state.tensors().items():
             tensor.copy_(tensors[name])
-    return state, metadata
+    return Loaded(state, metadata, extra)
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
@@ -107,6 +164,22 @@ def load_metadata(path: str | Path) -> dict[str, str]:
     path = _place(path)
     file, fields, kinds = _open(path)
     return _metadata(path, _read(path, file, fields, kinds)[_METADATA])
+
+
+def peek(path: str | Path, more: Mapping[str, Vector] | None = None) -> tuple[str, dict[str, str], dict[str, Tensor]]:
+    """Read the model's fingerprint, the strings and what is beside a state, and not the state: to list many files.
+
+    The checksum is of all that a file holds and is not looked at here: `load_all` tells whether this was true.
+
+    Raises:
+        GriffinError: the file is missing or not a state.
+    """
+    path = _place(path)
+    file, fields, kinds = _open(path)
+    _check_more(path, kinds, more or {})
+    metadata = _metadata(path, file.get_tensor(_METADATA))
+    found = {name: file.get_tensor(_MORE + name) for name in more or {} if _MORE + name in kinds}
+    return fields["fingerprint"], metadata, found
 
 
 def _place(path: str | Path) -> Path:
@@ -132,16 +205,30 @@ def _open(path: Path) -> tuple[Any, dict[str, str], dict[str, _Kind]]:
             raise GriffinError(f"{path} is damaged: {name!r:.60} is {part.get_dtype()}; {_MEND}")
         kinds[name] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
     shape, dtype = kinds.get(_METADATA, ((), None))
-    if fields.keys() != _FIELDS or dtype != torch.uint8 or len(shape) != 1 or shape[0] > MOST_TEXT_BYTES:
+    told = {name: value for name, value in fields.items() if name in _INT8}
+    if (
+        fields.keys() - _INT8.keys() != _FIELDS
+        or told not in ({}, _INT8)
+        or dtype != torch.uint8
+        or len(shape) != 1
+        or shape[0] > MOST_TEXT_BYTES
+    ):
         raise GriffinError(f"{path} is damaged: its header is not one of {FORMAT}; {_MEND}")
     return file, fields, kinds
 
 
-def _check_kinds(path: Path, fields: dict[str, str], kinds: Mapping[str, _Kind], new: State) -> int:
+def _check_kinds(
+    path: Path, fields: dict[str, str], kinds: Mapping[str, _Kind], new: State, more: Mapping[str, Vector]
+) -> int:
     """Compare names, shapes and dtypes with those of a state of no rows; give `longest`."""
     needed, growing = new.tensors(), new.growing()
-    if kinds.keys() != needed.keys() | {_METADATA}:
-        odd = sorted(kinds.keys() ^ (needed.keys() | {_METADATA}))
+    if fields.get("window"):
+        windows = _windows(needed)
+        needed |= {name: tensor.to(torch.int8) for name, tensor in windows.items()}
+        needed |= {name + _EXPONENT: tensor[..., 0].to(torch.int8) for name, tensor in windows.items()}
+        growing |= {name + _EXPONENT for name in growing}
+    allowed = {_MORE + name for name in more}
+    if odd := sorted((kinds.keys() - allowed) ^ (needed.keys() | {_METADATA})):
         raise GriffinError(f"{path} was saved with another model: {odd[0]!r:.60} is in one of them only; {_MEND}")
     longest = fields["longest"]
     if not (longest.isascii() and longest.isdigit() and len(longest) <= 15 and int(longest) < _MOST_TOKENS):
@@ -162,7 +249,21 @@ def _check_kinds(path: Path, fields: dict[str, str], kinds: Mapping[str, _Kind],
                 f"{path}: {name} is {dtype}, and this model needs {tensor.dtype}; "
                 "load the model with the dtype it had when the state was saved"
             )
+    _check_more(path, kinds, more)
     return int(longest)
+
+
+def _check_more(path: Path, kinds: Mapping[str, _Kind], more: Mapping[str, Vector]) -> None:
+    for name, vector in more.items():
+        shape, dtype = kinds.get(_MORE + name, ((vector.length or 0,), vector.dtype))
+        fits = len(shape) == 1 and shape[0] <= vector.most and vector.length in (None, shape[0])
+        if dtype != vector.dtype or not fits:
+            wanted = f"up to {vector.most:,}" if vector.length is None else str(vector.length)
+            raise GriffinError(f"{path} is damaged: {name} is {shape} {dtype}, not {wanted} of {vector.dtype}; {_MEND}")
+
+
+def _windows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.endswith((".keys", ".values"))}
 
 
 def _read(path: Path, file: Any, fields: dict[str, str], kinds: Mapping[str, _Kind]) -> dict[str, Tensor]:
@@ -193,6 +294,11 @@ def _check_values(what: str, tensors: Mapping[str, Tensor], longest: int, growin
     for name, tensor in tensors.items():
         if name in growing and tensor.shape[1] < longest:
             raise GriffinError(f"{what} is damaged: {name} has {tensor.shape[1]} slots for {longest} tokens")
+    _check_finite(what, tensors)
+
+
+def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise GriffinError(f"{what} holds NaN or infinity ({name}): damage, or an overflow; begin anew")
 

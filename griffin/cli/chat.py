@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from griffin.infer.conversation import Conversation
 
 HELP = """\
+/retry        another answer to your last message
+/undo         take your last message and its answer back
+/system TEXT  begin the conversation with these instructions; without TEXT, with none
 /save FILE    write the conversation: one file, the state and the text
 /save! FILE   the same over a file that is not a saved conversation
 /load FILE    go on with a saved conversation; nothing is read again
@@ -33,7 +36,10 @@ HELP = """\
 /reset        begin anew
 /state        how much has been read, and what remembering it takes
 /quit         leave (so does Ctrl-D; Ctrl-C stops an answer)
-A message that begins with / is written with two: //"""
+A message that begins with / is written with two: //
+A message of several lines is pasted, or stands between \"\"\" and \"\"\""""
+
+_QUOTES = '"""'
 
 
 @options.with_sampling
@@ -94,7 +100,11 @@ class Chat:
         self.conversation, self.settings, self.verbose = conversation, settings, verbose
         self.name = "main"
         self.kept: dict[str, Conversation] = {}
+        self.retries = 0  # of the last message
         self.commands: dict[str, Callable[[str], None]] = {
+            "/retry": self.retry,
+            "/undo": self.undo,
+            "/system": self.system,
             "/save": self.save,
             "/save!": lambda path: self.save(path, over_anything=True),
             "/load": self.load,
@@ -109,11 +119,14 @@ class Chat:
     def loop(self) -> None:
         """Read lines until the end, or /quit."""
         with suppress(ImportError):
-            import readline  # noqa: F401  (input() then has a history and can be edited)
+            import readline  # input() then has a history and can be edited
+
+            if "GNU" in (readline.__doc__ or ""):  # what is pasted is one message, whatever its lines
+                readline.parse_and_bind("set enable-bracketed-paste on")
         prompt = "> " if sys.stdin.isatty() else ""
         while True:
             try:
-                line = input(prompt)
+                line = _read(prompt)
             except EOFError:
                 if prompt:
                     note("")
@@ -137,55 +150,91 @@ class Chat:
                 note(f"error: {text}")
 
     def take(self, line: str) -> None:
-        """Do a command, or answer a message."""
+        """Do a command, or answer a message. A text of several lines is a message."""
         streams.check_text(line, "your message")
         command = line.strip()
-        if command.startswith("/") and not command.startswith("//"):
+        if command.startswith("/") and not command.startswith("//") and "\n" not in command:
             name, _, argument = command.partition(" ")
             if name not in self.commands:
                 note(f"{name} is no command; /help lists them. A message that begins with / is written with two.")
                 return
             self.commands[name](argument.strip())
         elif command or not self.conversation.has_template:
+            self.retries = 0
             self.answer(line.replace("/", "", 1) if command.startswith("//") else line)
 
-    def answer(self, text: str) -> None:
-        """Print the answer as it comes. Ctrl-C stops it where it is, and what was said stays said."""
+    def answer(self, text: str) -> bool:
+        """Print the answer as it comes. Ctrl-C stops it where it is, and what was said stays said.
+
+        False: it was stopped before it began, and the conversation is as it was.
+        """
         waiting = Waiting("Reading")
-        began, first, count = time.perf_counter(), 0.0, 0
-        before = self.conversation.tokens_read
+        began, first, count, shown, read = time.perf_counter(), 0.0, 0, 0, 0
         with _interrupts() as interrupted:
 
             def progress(done: int, total: int) -> None:
+                nonlocal read
+                read = total
                 waiting.progress(done, total)
                 if interrupted:
                     raise KeyboardInterrupt
 
             settings: Any = {**self.settings, "progress": progress}
+            if settings.get("seed") is not None:
+                settings["seed"] += self.retries
             pieces = self.conversation.reply(text, **settings)
             try:
                 for piece in pieces:
                     waiting.stop()
                     first = first or time.perf_counter()
-                    count += len(piece.tokens)
+                    count, shown = count + len(piece.tokens), shown + len(piece.text)
                     options.show(str(piece))
                     if interrupted:
                         break
             except KeyboardInterrupt:  # while reading, or pressed twice: the conversation is as it was
                 waiting.stop()
                 note("\nstopped; this turn is forgotten")
-                return
+                return False
             finally:
                 waiting.stop()
                 pieces.close()  # type: ignore[attr-defined]
-        options.show("\n")
+        rest = self.conversation.messages[-1]["content"][shown:]  # it waited for what might have come
+        options.show(f"{rest}\n")
         if interrupted:
             note("stopped")
         if self.verbose:
             ended = time.perf_counter()
-            read = self.conversation.tokens_read + len(self.conversation.unread) - before - count
             rate = f", {(count - 1) / (ended - first):.1f} tokens/s" if count > 1 else ""
             note(f"[read {read} tokens in {first - began:.2f} s; {count} tokens{rate}]")
+        return True
+
+    def retry(self, _: str) -> None:
+        before, retries = self.conversation, self.retries
+        self.conversation = before.fork()
+        done = False
+        try:
+            text = self.conversation.undo()
+            self.retries += 1
+            if self.settings.get("temperature") == 0:
+                note("(at temperature 0 the answer is the same)")
+            done = self.answer(text)
+        finally:
+            if not done:
+                self.conversation, self.retries = before, retries
+
+    def undo(self, _: str) -> None:
+        text = self.conversation.undo()
+        self.retries = 0
+        first = text.partition("\n")[0]
+        note(f"took back: {first[:60]}{'…' if first[:60] != text else ''}\n{_turns(self.conversation)} left")
+
+    def system(self, text: str) -> None:
+        self.conversation.set_system(text)
+        self.retries = 0
+        what = "begins with these instructions" if text else "has no instructions"
+        note(
+            f"the conversation {what}" + ("; it is read again with your next message" * bool(self.conversation.unread))
+        )
 
     def save(self, path: str, over_anything: bool = False) -> None:
         if not path:
@@ -259,8 +308,22 @@ def _is_state(file: Path) -> bool:
         return False
 
 
+def _read(prompt: str) -> str:
+    """Read a message: a line, what was pasted at once, or the lines between \"\"\" and \"\"\"."""
+    line = input(prompt)
+    if not line.lstrip().startswith(_QUOTES):
+        return line
+    text = line.lstrip().removeprefix(_QUOTES)
+    while not text.rstrip().endswith(_QUOTES):
+        try:
+            text += "\n" + input("... " if prompt else "").removesuffix("\r")
+        except EOFError:
+            return text
+    return text.rstrip().removesuffix(_QUOTES)
+
+
 def _turns(conversation: Conversation) -> str:
-    count = len(conversation.messages) // 2
+    count = sum(message["role"] == "user" for message in conversation.messages)
     return f"{count} turn{'' if count == 1 else 's'}"
 
 

@@ -125,8 +125,8 @@ class Batch:
     def end(self, row: Row) -> None:
         """Let a row go, with the state that its completion is to have."""
         row.state = self._state_shown(row) if row.keep_state else None
-        if row.tail is not None:
-            row.tail.state = None
+        if row.tail is not None and (row.finish_reason in ("stop", "length", "error") or not row.keep_state):
+            row.tail.state = None  # else the answer may go on, see `Answered`
         self._leave(row)
 
     def _leave(self, row: Row) -> None:
@@ -202,7 +202,7 @@ class Batch:
             if self._seen is None:
                 self._seen = torch.zeros(self.places, V, dtype=torch.bool, device=device)
             self._seen[place] = False
-            self._seen[place, list(row.request.prompt)] = True
+            self._seen[place, [*row.request.prompt, *row.tokens]] = True
         if row.has_offsets and self._offset is None:
             self._offset = torch.zeros(self.places, V, dtype=torch.float32, device=device)
         if self._offset is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,20 @@ from griffin.state_file import load_both
 
 if TYPE_CHECKING:
     from griffin.model import Griffin
+    from griffin.state import State
     from griffin.tokenizer import Tokenizer
 
 METADATA = "conversation"
+KEPT_TURNS = 16  # whose beginnings are kept to go back to; 17 MB each for RecurrentGemma 2B
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A conversation between two turns."""
+
+    state: State  # written no more
+    unread: tuple[int, ...]
+    num_messages: int
 
 
 class Conversation:
@@ -34,10 +47,12 @@ class Conversation:
     def __init__(self, model: Griffin, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.state = model.new_state(1)
-        self.messages: list[dict[str, str]] = []  # {"role": "user" or "assistant", "content": ...}
-        # The last token of the last answer, if it was cut short: chosen, not read, and so the first of the next turn.
-        # An answer that ended by itself leaves none: its stop token is the beginning of the template's next turn.
+        self.messages: list[dict[str, str]] = []  # {"role": "user", "assistant" or "system", "content": ...}
+        # What has been said and not been read, the first of the next turn: the end of an answer that was cut short, or
+        # all that was said before, where it is to be read again. An answer that ended by itself leaves nothing: its
+        # stop token is the beginning of the template's next turn.
         self.unread: list[int] = []
+        self._past: deque[_Place] = deque(maxlen=KEPT_TURNS)  # before each of the last turns
 
     @property
     def has_template(self) -> bool:
@@ -66,7 +81,7 @@ class Conversation:
         if self.has_template:
             turn = self.tokenizer.encode_chat_turn([*self.messages, message])
         else:
-            begin = () if self.tokens_read else self.tokenizer.begin_ids
+            begin = () if self.tokens_read or self.unread else self.tokenizer.begin_ids
             turn = [*begin, *self.tokenizer.encode(text, bos=False)]  # it is to go on, so no EOS
         if not (prompt := [*self.unread, *turn]):
             raise GriffinError("the text is empty and the last answer is complete; say something")
@@ -85,15 +100,66 @@ class Conversation:
         self._keep(message, generation)
 
     def _keep(self, message: dict[str, str], generation: Run) -> None:
+        self._past.append(_Place(self.state, tuple(self.unread), len(self.messages)))
         completion = generation.completion(0)
         assert completion.state is not None  # it has been read: there was a piece
         self.state, self.unread = completion.state, list(completion.unread)
         self.messages += [message, {"role": "assistant", "content": completion.text}]
 
+    def undo(self) -> str:
+        """Take the last turn back, and give what the person said in it.
+
+        The conversation is where it was before that turn, bit for bit, for the last 16 turns since it was made or
+        loaded. Further back, what was said before is read again with the next turn: from its text, whose ids may be
+        others than those that were once chosen.
+
+        Raises:
+            GriffinError: there is no turn to take back.
+        """
+        said = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if not said:
+            raise GriffinError("there is no turn to take back")
+        text, messages = self.messages[said[-1]]["content"], self.messages[: said[-1]]
+        if self._past and self._past[-1].num_messages == len(messages):
+            place = self._past.pop()
+            self.state, self.unread, self.messages = place.state, list(place.unread), messages
+        else:
+            self._read_again(messages)
+        return text
+
+    def set_system(self, text: str) -> None:
+        """Put a system message in front of what was said, in place of the one there is; an empty text takes it away.
+
+        All that was said is read again with the next turn, since it was read without that message.
+
+        Raises:
+            GriffinError: there is no chat template, or it takes no system message.
+        """
+        if not self.has_template:
+            raise GriffinError("this model has no chat template, and so no system message; say it in the text itself")
+        message = [{"role": "system", "content": text}] if text else []
+        self.tokenizer.encode_chat([*message, {"role": "user", "content": "?"}])  # refuses, if the template does
+        self._read_again([*message, *(each for each in self.messages if each["role"] != "system")])
+
+    def _read_again(self, messages: list[dict[str, str]]) -> None:
+        """Be a conversation of these messages of which nothing has been read."""
+        last = max((index for index, each in enumerate(messages) if each["role"] == "assistant"), default=None)
+        if last is None:
+            unread: list[int] = []  # the next turn is all of it
+        elif self.has_template:
+            answer = self.tokenizer.encode(messages[last]["content"], bos=False)
+            unread = [*self.tokenizer.encode_chat(messages[:last]), *answer]
+        else:
+            text = "".join(message["content"] for message in messages)
+            unread = [*self.tokenizer.begin_ids, *self.tokenizer.encode(text, bos=False)]
+        self.state, self.messages, self.unread = self.model.new_state(1), messages, unread
+        self._past.clear()
+
     def fork(self) -> Conversation:
         """Copy it: the two go on independently."""
         twin = Conversation(self.model, self.tokenizer)
         twin.state, twin.messages, twin.unread = self.state.clone(), [*self.messages], [*self.unread]
+        twin._past.extend(self._past)
         return twin
 
     def save(self, path: str | Path) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from griffin.errors import GriffinError, one_line
+from griffin.infer.answered import Answered
 from griffin.infer.batch import Batch, Held, place_bytes
 from griffin.infer.handle import Handle
 from griffin.infer.pace import Pace, share
@@ -129,7 +130,7 @@ class Engine:
         )
         self._pace = Pace(gap, chunk)
         self._changed = threading.Condition()  # guards what follows
-        self._queue: Queue[State | Held | None] = Queue(
+        self._queue: Queue[State | Held | Answered | None] = Queue(
             max_queue, 2**20 if max_queue_tokens is None else max_queue_tokens
         )
         self._closed = False
@@ -174,7 +175,7 @@ class Engine:
         request: Request,
         *,
         tenant: str = "",
-        state: Held | State | None = None,
+        state: Held | State | Answered | None = None,
         deadline: float | None = None,
         keep_state: bool = True,
         index: int = 0,
@@ -185,7 +186,8 @@ class Engine:
             request: what is asked.
             tenant: who asks: turns are shared among tenants, not among requests, and snapshots are a tenant's own.
             state: what has been read before the prompt, one row; it is copied when the request's turn comes, so leave
-                it as it is. With a `Held` that has logits, the prompt may be empty.
+                it as it is. With a `Held` that has logits, the prompt may be empty. An `Answered` goes on with its
+                answer, and `request` is its own; pieces have what is new, completions the whole answer.
             deadline: seconds from now after which it ends where it is, with finish_reason "deadline".
             keep_state: whether completions are to have their state.
             index: what the pieces bear as `row`.
@@ -201,6 +203,8 @@ class Engine:
             Row(index + answer, request, _seeded(request, answer), self.tokenizer, keep_state=keep_state)
             for answer in range(request.n)
         )
+        if isinstance(state, Answered):
+            state.replay_(handle.rows[0])
         with self._changed:
             self._admissible(len(request.prompt))
             self._queue.put(handle, state)
@@ -261,7 +265,7 @@ class Engine:
         elif self.error is None:
             self.run()
 
-    def _check(self, request: Request, state: Held | State | None) -> None:
+    def _check(self, request: Request, state: Held | State | Answered | None) -> None:
         vocab_size = self.model.config.vocab_size
         if request.prompt or not isinstance(state, Held) or state.logits is None:
             check_ids([request.prompt], vocab_size)
@@ -276,8 +280,10 @@ class Engine:
                 )
         if request.n > self.slots:
             raise ValueError(f"n={request.n} answers do not fit {self.slots} slots")
+        if isinstance(state, Answered) and state.request is not request:
+            raise GriffinError("an answer goes on with the request it was given; submit(answered.request, ...)")
         if state is not None:
-            rows = state.state if isinstance(state, Held) else state
+            rows = state if isinstance(state, State) else state.state
             check_origin(rows, self.model)
             if rows.batch_size != 1:
                 raise GriffinError(f"the state has {rows.batch_size} rows; a request goes on from one")
@@ -334,15 +340,15 @@ class Engine:
         self._queue.remove({handle for handle, _ in ended})
         return ended
 
-    def _admit(self) -> list[tuple[Handle, State | Held | None]]:
+    def _admit(self) -> list[tuple[Handle, State | Held | Answered | None]]:
         """Take requests from the queue while there are slots for their answers."""
-        free, admitted = self.slots - self.busy, list[tuple[Handle, State | Held | None]]()
+        free, admitted = self.slots - self.busy, list[tuple[Handle, State | Held | Answered | None]]()
         while len(self._readers) + len(admitted) < self.readers and (taken := self._queue.take(free)) is not None:
             free -= taken[0].request.n
             admitted.append(taken)
         return admitted
 
-    def _begin(self, handle: Handle, state: State | Held | None) -> None:
+    def _begin(self, handle: Handle, state: State | Held | Answered | None) -> None:
         """Give a prompt its state: new, the caller's, or one that has read the beginning of it."""
         tokens, logits = handle.request.prompt, None
         handle.resumes = state is not None
@@ -352,11 +358,15 @@ class Engine:
                 count, state = found
                 tokens = tokens[count:]
                 self._counts["tokens_from_snapshots"] += count
-        if isinstance(state, Held):
+        if isinstance(state, Answered):
+            tokens, state = state.unread, state.state
+        elif isinstance(state, Held):
             logits, state = None if tokens else state.logits, state.state
         own = self.model.new_state(1) if state is None else state.clone() if handle.resumes else state
         for row in handle.rows:
             row.position = int(own.position[0])
+            if row.tail is not None and row.tokens:
+                row.tail.state = own.clone()
         keeps = self.snapshots is not None and not handle.resumes
         edges = self._edges(len(handle.request.prompt), handle.request.borders) if keeps else ()
         self._readers.append(Reader(handle, own, tokens, edges, None if logits is None else logits[None]))

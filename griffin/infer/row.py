@@ -105,9 +105,10 @@ class Row:
         return self._penalises or bool(self.sampling.logit_bias) or self.request.min_tokens > 0
 
     def offsets(self) -> Iterator[tuple[int, float]]:
-        """What is added to which tokens' logits before the first one is chosen."""
+        """What is added to which tokens' logits when it joins: before the first one is chosen, or where it was cut."""
         yield from (self.sampling.logit_bias or {}).items()
-        if self.request.min_tokens:
+        yield from ((token, self._offset(token)) for token in self._counts)
+        if self.request.min_tokens > len(self.tokens):
             yield from ((token, -math.inf) for token in self.request.stop_ids)
 
     def new_offsets(self) -> Iterator[tuple[int, float]]:

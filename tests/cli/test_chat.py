@@ -206,3 +206,115 @@ def test_commands_may_stand_behind_blanks_and_notes_are_printable(chat_folder: P
     assert "error: your message: character 5 is the byte 0xff, which is not UTF-8" in notes
     assert "\x1b]" not in notes
     assert "\x1b[31m" not in notes
+
+
+def test_another_answer_and_a_turn_taken_back(chat_folder: Path, say: Say) -> None:
+    first, _ = say(chat_folder, "hello")
+    other, _ = say(chat_folder, "hello", more=["--seed", "3"])
+    third, _ = say(chat_folder, "hello", more=["--seed", "4"])
+    assert len({first, other, third}) == 3
+    out, notes = say(chat_folder, "hello", "/retry", "/retry", "/list")
+    assert out == first + other + third
+    assert "* main: 1 turn\n" in notes
+    both, _ = say(chat_folder, "hello", "well?")
+    out, notes = say(
+        chat_folder, "hello", "what?", "/undo", "well?", "/list", "/undo", "/undo", "/undo", "/retry", "/list"
+    )
+    assert out.startswith(first)
+    assert out.endswith(both.removeprefix(first))
+    assert "took back: what?\n1 turn left" in notes
+    assert "* main: 2 turns\n" in notes
+    assert notes.count("error: there is no turn to take back") == 2
+    assert "* main: 0 turns\n" in notes
+
+
+def test_an_answer_stays_where_another_is_stopped(chat_folder: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    both, progress = say(chat_folder, "hello", "well?")[0], Waiting.progress
+    calls: list[int] = []
+
+    def press(self: Waiting, *at: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:  # 1 and 2 are of "hello"
+            signal.raise_signal(signal.SIGINT)
+        progress(self, *at)
+
+    monkeypatch.setattr(Waiting, "progress", press)
+    monkeypatch.setattr("griffin.checkpoint.load", _without_progress())
+    out, notes = say(chat_folder, "hello", "/retry", "/list", "well?")
+    assert "this turn is forgotten" in notes
+    assert "* main: 1 turn\n" in notes
+    assert out == both
+
+
+def test_a_text_of_several_lines_is_one_message(chat_folder: Path, tmp_path: Path, say: Say) -> None:
+    from griffin.state_file import load_metadata
+
+    quoted = ['"""one', "  two", "/three", "", 'four"""']
+    _, notes = say(
+        chat_folder, *quoted, f"/save {tmp_path / 'a'}", '"""one line"""', f"/save {tmp_path / 'b'}", '"""open', "end"
+    )
+    assert "error" not in notes
+    assert '"content": "one\\n  two\\n/three\\n\\nfour"' in load_metadata(tmp_path / "a")["conversation"]
+    assert '"content": "one line"' in load_metadata(tmp_path / "b")["conversation"]
+
+
+def test_instructions_go_in_front(chat_folder: Path, plain_folder: Path, tmp_path: Path, say: Say) -> None:
+    _, notes = say(chat_folder, "hello", "/system Be brief.", "/list")
+    assert "error: the chat template" in notes
+    assert "System role not supported" in notes
+    assert "* main: 1 turn\n" in notes
+    _, notes = say(plain_folder, "/system Be brief.")
+    assert "error: this model has no chat template, and so no system message" in notes
+    tokenizer = griffin.load_tokenizer(chat_folder)
+    (chat_folder / "SHA256SUMS").unlink()
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<end_of_turn>' }}{% endfor %}{{ 'assistant: ' }}"
+    griffin.Tokenizer(tokenizer.backend, bos="<bos>", eos="<eos>", pad="<pad>", chat_template=template).save(
+        chat_folder
+    )
+    _, notes = say(
+        chat_folder, "/system Be brief.", "hello", "/system Be long.", "well?", "/list", f"/save {tmp_path / 'x'}"
+    )
+    assert "the conversation begins with these instructions\n" in notes
+    assert "the conversation begins with these instructions; it is read again with your next message\n" in notes
+    assert "* main: 2 turns\n" in notes
+    from griffin.state_file import load_metadata
+
+    assert (
+        '[{"role": "system", "content": "Be long."}, {"role": "user"' in load_metadata(tmp_path / "x")["conversation"]
+    )
+
+
+@pytest.mark.slow
+def test_what_is_pasted_into_a_terminal_is_one_message(chat_folder: Path, tmp_path: Path) -> None:
+    """A terminal sends what is pasted between two marks; readline makes one line of it."""
+    import os
+    import pty
+    import select
+    import sys
+    import time
+
+    readline = pytest.importorskip("readline", reason="Python was built without readline: nothing knows of pasting")
+    if "GNU" not in (readline.__doc__ or ""):
+        pytest.skip("libedit, which this Python has in place of GNU readline, does not know of pasting")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-m", "griffin", "chat", str(chat_folder), *OPTIONS])
+    shown = b""
+
+    def until(text: bytes, count: int = 1) -> None:
+        nonlocal shown
+        end = time.monotonic() + 60
+        while shown.count(text) < count:
+            assert time.monotonic() < end, shown.decode(errors="replace")
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096)
+
+    until(b"> ")
+    os.write(terminal, b"\x1b[200~one\ntwo\n/three\x1b[201~\r")
+    os.write(terminal, f"/save {tmp_path / 'talk'}\r/list\r/quit\r".encode())
+    until(b"* main: 1 turn")
+    os.waitpid(pid, 0)
+    from griffin.state_file import load_metadata
+
+    assert '"content": "one\\ntwo\\n/three"' in load_metadata(tmp_path / "talk")["conversation"]

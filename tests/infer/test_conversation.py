@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from griffin import Griffin, GriffinError, Tokenizer, state_file
+from griffin.infer import batch
 from griffin.infer.conversation import METADATA, Conversation
 from griffin.infer.generate import generate
 from griffin.tokenizer.chat_template import GEMMA
@@ -209,3 +210,148 @@ def test_without_a_template_the_text_goes_on(make_lively: Callable[..., Griffin]
     list(empty.reply("x", max_tokens=0))
     with pytest.raises(GriffinError, match="say something"):
         empty.reply("")
+
+
+def at(conversation: Conversation) -> tuple[Any, ...]:
+    state = {name: tensor.tolist() for name, tensor in conversation.state.tensors().items()}
+    return conversation.messages, conversation.unread, state
+
+
+def test_turns_are_taken_back_bit_for_bit(model: Griffin, tokenizer: Tokenizer) -> None:
+    conversation = Conversation(model, tokenizer)
+    before, said = [], []
+    for seed, text in enumerate(TURNS):
+        before.append(at(conversation.fork()))
+        said.append(say(conversation, text, seed=seed, stop_ids=range(5, 40) if seed % 2 else ()))
+    twin = conversation.fork()
+    for text, place in zip(TURNS[::-1], before[::-1], strict=True):
+        assert conversation.undo() == text
+        assert at(conversation) == place
+    with pytest.raises(GriffinError, match="no turn to take back"):
+        conversation.undo()
+    assert say(conversation, TURNS[0], seed=0, stop_ids=()) == said[0]
+    twin.undo()
+    assert say(twin, TURNS[3], seed=3) == said[3]  # a fork has its own past
+
+
+def test_what_is_not_kept_is_read_again_from_its_text(model: Griffin, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    conversation = Conversation(model, tokenizer)
+    for seed, text in enumerate(TURNS):
+        say(conversation, text, seed=seed)
+    conversation.save(tmp_path / "talk")
+    loaded = Conversation.load(tmp_path / "talk", model, tokenizer)
+    for left in (3, 2, 1):
+        assert loaded.undo() == TURNS[left]
+        assert loaded.messages == conversation.messages[: 2 * left]
+        assert loaded.tokens_read == 0
+        *past, answer = loaded.messages
+        assert loaded.unread == [*tokenizer.encode_chat(past), *tokenizer.encode(answer["content"], bos=False)]
+    message = {"role": "user", "content": "Well?"}
+    whole = [*loaded.unread, *tokenizer.encode_chat_turn([*loaded.messages, message])]
+    fresh = generate(model, tokenizer, [whole], **OPTIONS, seed=4)[0]
+    loaded.save(tmp_path / "unread")
+    assert say(loaded, "Well?", seed=4)[1] == fresh.tokens
+    assert say(Conversation.load(tmp_path / "unread", model, tokenizer), "Well?", seed=4)[1] == fresh.tokens
+    assert [loaded.undo(), loaded.undo()] == ["Well?", TURNS[0]]
+    assert (loaded.messages, loaded.unread, loaded.tokens_read) == ([], [], 0)
+    long = Conversation(model, tokenizer)
+    for turn in range(20):
+        list(long.reply(f"turn {turn}", max_tokens=2, seed=turn))
+    assert [long.undo() for _ in range(20)] == [f"turn {turn}" for turn in reversed(range(20))]
+    assert (long.messages, long.unread, long.tokens_read) == ([], [], 0)
+
+
+def test_without_a_template_turns_are_taken_back_too(make_lively: Callable[..., Griffin], tmp_path: Path) -> None:
+    conversation = Conversation(make_lively(), Tokenizer.bytes())
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "stop_ids": ()}
+    say(conversation, "Once ", **options)
+    say(conversation, "upon ", **options)
+    conversation.save(tmp_path / "talk")
+    loaded = Conversation.load(tmp_path / "talk", conversation.model, conversation.tokenizer)
+    assert conversation.undo() == loaded.undo() == "upon "
+    said = "Once " + conversation.messages[1]["content"]
+    assert loaded.unread == conversation.tokenizer.encode(said)
+    with pytest.raises(GriffinError, match="no chat template"):
+        loaded.set_system("Be brief.")
+    loaded.undo()
+    list(loaded.reply("Once ", **options))
+    assert loaded.messages[1] == conversation.messages[1]
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<end_of_turn>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_a_system_message_is_put_in_front_and_all_is_read_again(make_lively: Callable[..., Griffin]) -> None:
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog " * 3], 270, chat_template=CHATML)
+    model = make_lively(vocab_size=tokenizer.vocab_size)
+    conversation = Conversation(model, tokenizer)
+    conversation.set_system("Be brief.")
+    twin = conversation.fork()
+    say(conversation, TURNS[0], seed=1)
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TURNS[0]}]
+    fresh = generate(model, tokenizer, [tokenizer.encode_chat(prompt)], **OPTIONS, seed=1)[0]
+    assert conversation.messages == [*prompt, {"role": "assistant", "content": fresh.text}]
+    conversation.set_system("Be long.")
+    assert conversation.messages[0]["content"] == "Be long."
+    past = [conversation.messages[0], prompt[1]]
+    unread = [*tokenizer.encode_chat(past), *tokenizer.encode(fresh.text, bos=False)]
+    assert (conversation.unread, conversation.tokens_read) == (unread, 0)
+    conversation.undo()
+    assert conversation.messages == [{"role": "system", "content": "Be long."}]
+    conversation.set_system("")
+    assert conversation.messages == []
+    assert say(twin, TURNS[0], seed=1)[1] == fresh.tokens
+
+
+def test_a_template_that_takes_no_system_message_changes_nothing(model: Griffin, tokenizer: Tokenizer) -> None:
+    conversation = Conversation(model, tokenizer)
+    say(conversation, TURNS[0], seed=1)
+    before = at(conversation)
+    with pytest.raises(GriffinError, match="System role not supported"):
+        conversation.set_system("Be brief.")
+    assert at(conversation) == before
+
+
+@pytest.mark.parametrize("stop", ["\nUser:", "o.\nUser", "Hello.\nUser:"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_turn_cut_by_a_stop_string_has_read_what_is_shown(
+    make_lively: Callable[..., Griffin], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: str, plain: bool
+) -> None:
+    """Also where the stop string begins within a token."""
+    words = [] if plain else ["User:", "lo.\nUs", "lo.\nUs", "Hello.\n"]
+    tokenizer = Tokenizer.train(["hello world", *100 * words], 261 + 12 * len(set(words)), chat_template=GEMMA)
+    model = make_lively(vocab_size=tokenizer.vocab_size, window=64)
+    forced = tokenizer.encode("Hello.\nUser:", bos=False)
+    assert plain or len(forced) < 12
+    scripted(monkeypatch, forced)
+    talk = Conversation(model, tokenizer)
+    assert "".join(map(str, talk.reply("hi", stop=stop, max_tokens=50, temperature=0))) == talk.messages[-1]["content"]
+    monkeypatch.undo()
+    shown = "Hello.\nUser:".partition(stop)[0]
+    assert talk.messages[-1]["content"] == shown
+    more = [*talk.messages, {"role": "user", "content": "more"}]
+    turn = tokenizer.encode_chat_turn(more)
+    wanted = [*tokenizer.encode_chat(talk.messages[:1]), *tokenizer.encode(shown, bos=False)]
+    assert talk.tokens_read + len(talk.unread) == len(wanted)
+    talk.save(tmp_path / "talk")
+    for each in (talk, Conversation.load(tmp_path / "talk", model, tokenizer)):
+        with torch.no_grad():
+            seen = model.logits(model(torch.tensor([[*each.unread, *turn]]), each.state.clone()))[0, -1]
+            fresh = model.logits(model(torch.tensor([[*wanted, *turn]])))[0, -1]
+        assert torch.allclose(seen, fresh, atol=1e-4)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
+    """Let the one row of an engine choose these."""
+    left = iter(ids)
+    plain = batch.read_each
+
+    def read(chosen: Any) -> Any:
+        choice, faults = plain(chosen)
+        choice.ids[0] = next(left)
+        return choice, faults
+
+    monkeypatch.setattr(batch, "read_each", read)
