@@ -37,6 +37,10 @@ def serve(
     request_timeout: Annotated[float, typer.Option(help="Seconds a request may take; then it ends as it is.")] = 600.0,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 25.0,
     state_folder: Annotated[Path | None, typer.Option(help="Where sessions are saved.")] = None,
+    session_bytes: Annotated[int, typer.Option(min=0, help="Of memory, for sessions.")] = 2**30,
+    snapshot_bytes: Annotated[
+        int, typer.Option(min=0, help="Of memory, for states of texts that were read, so that they are not read again.")
+    ] = 2**30,
     chat_template: Annotated[
         str | None, typer.Option(help="A file with a Jinja template, or gemma. Default: the model's own.")
     ] = None,
@@ -87,6 +91,8 @@ def serve(
         chunk=chunk,
         chat_template=template_of(chat_template),
         state_folder=state_folder,
+        session_bytes=session_bytes,
+        snapshot_bytes=snapshot_bytes,
         request_s=request_timeout,
         shutdown_s=shutdown_timeout,
         page=not no_page,

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from griffin.serve import replies
-from griffin.serve.chat import call_of
-from griffin.serve.schema import Tool
 
 if TYPE_CHECKING:
-    from griffin.infer.request import Completion, TokenLogprob
+    from griffin.infer.request import TokenLogprob
     from griffin.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # JSON has no infinity
@@ -73,25 +71,6 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) -> repl
         for entry in entries
     ]
     return {"content": content, "refusal": None}
-
-
-def chat_choice(
-    index: int, completion: Completion, tokenizer: Tokenizer, tools: list[Tool], logprobs: bool, call_id: str
-) -> replies.ChatChoice:
-    called = call_of(completion.text, tools) if tools else None
-    message: replies.MessageReply = {"role": "assistant", "content": completion.text, "refusal": None}
-    reason = finish(completion.finish_reason)
-    if called is not None:
-        message["content"] = None
-        function: replies.FunctionReply = {"name": called["name"], "arguments": called["arguments"]}
-        message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}]
-        reason = "tool_calls" if reason == "stop" else reason
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": chat_logprobs(tokenizer, completion.logprobs or ()) if logprobs else None,
-        "finish_reason": reason,
-    }
 
 
 def event(value: Any) -> bytes:

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 import griffin
-from griffin.serve import answers, openai, replies
+from griffin.serve import answers, openai, replies, sessions
 from griffin.serve.ask import check_chars, check_model, encode
 from griffin.serve.body import JsonRoute
 from griffin.serve.chat import prompt_of
@@ -61,6 +61,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] | None = N
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(Exception, _fault)
     app.include_router(openai.routes(worker))
+    app.include_router(sessions.routes(worker, openai.ERRORS))
     app.include_router(_routes(worker))
     page = _page_files() if settings.page else {}
     for path, (content, kind) in page.items():

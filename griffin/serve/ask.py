@@ -54,15 +54,15 @@ async def encode(loaded: Loaded, text: str, *, bos: bool) -> list[int]:
         return await asyncio.to_thread(loaded.tokenizer.encode, text, bos=bos)
 
 
-async def prompts_of(body: CompletionBody, loaded: Loaded, limits: Limits) -> list[list[int]]:
-    """Give the ids of each prompt: texts begin with BOS, unless a session goes on; ids are taken as they are."""
+async def prompts_of(body: CompletionBody, loaded: Loaded, limits: Limits, *, bos: bool) -> list[list[int]]:
+    """Give the ids of each prompt. Ids are taken as they are; texts begin with BOS, if `bos`."""
     given: Sequence[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if given and isinstance(given[0], int):
         given = [given]
     check_chars(sum(len(each) for each in given), limits, "prompt")
     prompts = []
     for each in given:
-        prompts.append(await encode(loaded, each, bos=body.session is None) if isinstance(each, str) else list(each))
+        prompts.append(await encode(loaded, each, bos=bos) if isinstance(each, str) else list(each))
     return prompts
 
 

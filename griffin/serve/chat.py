@@ -96,12 +96,14 @@ async def prompt_of(
     tools: list[Tool] | None = None,
     forced: bool = False,
     past: list[dict[str, str]] | None = None,
+    pending: list[dict[str, str]] | None = None,
     generation: bool = True,
 ) -> tuple[list[int], list[dict[str, str]]]:
     """Render the template and tokenise.
 
     Args:
         past: what a session has read already: only what follows it is rendered.
+        pending: what it has been told and not read.
         generation: end where the assistant's answer begins.
 
     Returns:
@@ -119,7 +121,11 @@ async def prompt_of(
             code="no_chat_template",
         )
     check_chars(sum(len(text_of(message)) for message in messages), limits, "messages")
-    turns = messages_of(messages, tools or [], forced, loaded.folds_system)
+    turns = [*(pending or ()), *messages_of(messages, tools or [], forced, loaded.folds_system)]
+    if not turns:
+        raise ApiError(400, "there are no messages to answer", param="messages")
+    if past and any(turn["role"] == "assistant" for turn in turns):
+        raise ApiError(400, "the session has answered already: only what is said to it can follow", param="messages")
     with asked_wrongly("messages"):
         if past:
             ids = await asyncio.to_thread(loaded.tokenizer.encode_chat_turn, [*past, *turns])

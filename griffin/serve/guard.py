@@ -24,6 +24,7 @@ from griffin.serve.settings import Settings, digest
 
 OPEN = frozenset({"/health", "/ready", "/livez", "/readyz", "/ping"})  # they tell nothing but a state
 ADMIN = "/admin/"
+IMPORT = "/v1/sessions/import"  # a state is larger than any other body
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -110,9 +111,10 @@ class Guard:
             # Two lengths: what stands before this server may take the other one, and the rest for another request.
             raise ApiError(400, "content-length and transfer-encoding in one request", close=True)
         length = found.get(b"content-length", [b"0"])[0]
-        if not length.isdigit() or len(length) > 15 or int(length) > limits.body_bytes:
-            raise ApiError(413, f"the body has more than {limits.body_bytes:,} bytes", close=True)
         path = scope["path"]
+        most = state["most_bytes"] = limits.import_bytes if path == IMPORT else limits.body_bytes
+        if not length.isdigit() or len(length) > 15 or int(length) > most:
+            raise ApiError(413, f"the body has more than {most:,} bytes", close=True)
         if path in self._open or self._is_open(path):
             state["tenant"], state["admin"] = "", False
             return
@@ -140,7 +142,8 @@ class Guard:
             raise ApiError(401, message, code="invalid_api_key")
         if not settings.keys and not settings.insecure:
             self._check_host(headers)
-        state["tenant"] = made.hex()[:32] if is_user or is_admin else ""
+        # A name of the tenant that tells nothing of the key: it is written into the files of sessions.
+        state["tenant"] = digest(b"tenant" + made).hex()[:32] if is_user or is_admin else ""
         state["admin"] = is_admin
 
     def _check_host(self, headers: dict[bytes, list[bytes]]) -> None:
@@ -161,6 +164,7 @@ class Guard:
     def _limited(self, receive: Receive, scope: Scope) -> Receive:
         """Count a body while it arrives: chunks announce no length."""
         limits, got, complete = self.settings.limits, 0, False
+        most = scope["state"]["most_bytes"]
         until = time.monotonic() + limits.body_s
 
         async def take() -> Message:
@@ -175,8 +179,8 @@ class Guard:
             if message["type"] == "http.request":
                 got += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if got > limits.body_bytes:
-                    raise ApiError(413, f"the body has more than {limits.body_bytes:,} bytes", close=True)
+                if got > most:
+                    raise ApiError(413, f"the body has more than {most:,} bytes", close=True)
             return message
 
         return take

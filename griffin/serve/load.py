@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from griffin.errors import GriffinError
+from griffin.serve.log import say
 from griffin.serve.settings import Settings
 from griffin.serve.worker import Loaded
 
@@ -23,6 +25,8 @@ def load(settings: Settings) -> Loaded:
 
     from griffin import checkpoint
     from griffin.infer.engine import Engine
+    from griffin.infer.sessions import Sessions
+    from griffin.infer.snapshots import Snapshots
     from griffin.machine import find_device
     from griffin.memory import keep_freed_memory
 
@@ -33,6 +37,7 @@ def load(settings: Settings) -> Loaded:
     model = checkpoint.load(settings.model, device=find_device(settings.device), dtype=dtype)
     if model.device.type == "cpu":
         keep_freed_memory()
+    snapshots = Snapshots(model, max_bytes=settings.snapshot_bytes, say=_warn) if settings.snapshot_bytes else None
     engine = Engine(
         model,
         tokenizer,
@@ -40,6 +45,7 @@ def load(settings: Settings) -> Loaded:
         max_bytes=settings.max_bytes,
         chunk=settings.chunk,
         max_queue=settings.max_queue,
+        snapshots=snapshots,
     )
     engine.start()
     warm_up(engine, tokenizer)
@@ -56,6 +62,14 @@ def load(settings: Settings) -> Loaded:
             "embedding_width": model.config.width,
         },
         folds_system=refuses_system(tokenizer),
+        snapshots=snapshots,
+        sessions=Sessions(
+            model,
+            tokenizer.fingerprint(),
+            folder=settings.state_folder,
+            max_bytes=settings.session_bytes,
+            say=_warn,
+        ),
     )
 
 
@@ -64,6 +78,10 @@ def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:
     from griffin.infer.request import Request
 
     engine.submit(Request(prompt=tuple(tokenizer.begin_ids) or (0,), max_tokens=2), keep_state=False).completion()
+
+
+def _warn(text: str) -> None:
+    say(logging.WARNING, text)
 
 
 def refuses_system(tokenizer: Tokenizer) -> bool:

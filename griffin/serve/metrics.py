@@ -33,9 +33,6 @@ class Metrics:
             "griffin:request_success", "Choices that ended.", ["finished_reason"], registry=self.registry
         )
         self.prompt_tokens = Counter("griffin:prompt_tokens", "Tokens of prompts.", registry=self.registry)
-        self.cached_tokens = Counter(
-            "griffin:prefix_cache_hits", "Tokens of prompts that were not read again.", registry=self.registry
-        )
         self.generation_tokens = Counter("griffin:generation_tokens", "Tokens generated.", registry=self.registry)
         self.first_token_s = Histogram(
             "griffin:time_to_first_token_seconds", "Arrival to first token.", buckets=_FIRST_S, registry=self.registry

@@ -129,6 +129,32 @@ class DetokenizeReply(TypedDict):
     prompt: str
 
 
+class SessionReply(TypedDict):
+    """Ours. A conversation that the server keeps: its state has a fixed size, whatever it has read."""
+
+    id: str
+    object: Literal["session"]
+    created: int
+    used: int
+    kind: Literal["new", "text", "chat"]
+    messages: int  # that were said, of a chat
+    tokens_read: int
+    tokens_unread: int  # said, and read with the next request
+    bytes: int
+    can_continue: bool  # its last answer was cut, and /continue goes on with it
+
+
+class SessionList(TypedDict):
+    object: Literal["list"]
+    data: list[SessionReply]
+
+
+class DeletedReply(TypedDict):
+    id: str
+    object: Literal["session.deleted"]
+    deleted: bool
+
+
 class HealthReply(TypedDict):
     status: Literal["ok", "loading", "draining", "failed"]
     detail: NotRequired[dict[str, Any]]

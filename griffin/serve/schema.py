@@ -206,7 +206,7 @@ class NamedTool(Body):
 class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(max_length=MOST_MESSAGES)]  # empty: what the session was told
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -238,6 +238,36 @@ class ChatBody(Generation):
         if sum(map(bool, formats)) + (bool(names) and self.tool_choice != "none") > 1:
             raise ValueError("give one of response_format, structured_outputs and tools")
         return self
+
+
+class NewSessionBody(Body):
+    """POST /v1/sessions: what it begins with, if anything."""
+
+    prompt: Text | Ids | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("give prompt or messages, not both")
+        return self
+
+
+class AppendBody(NewSessionBody):
+    """POST /v1/sessions/ID/append."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.prompt is None and self.messages is None:
+            raise ValueError("give prompt or messages")
+        return self
+
+
+class ContinueBody(Body):
+    """POST /v1/sessions/ID/continue: go on with an answer that was cut."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
 
 class TokenizeBody(Body):

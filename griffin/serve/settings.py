@@ -19,6 +19,7 @@ class Limits:
     """What one caller may ask for. Everything is checked before a text is tokenised."""
 
     body_bytes: int = 8 * 2**20
+    import_bytes: int = 2**30  # of a session that is imported; the model says how large one can be
     headers: int = 100
     header_bytes: int = 32 * 2**10  # of all of them
     prompt_chars: int = 4_000_000  # of all texts of a request
@@ -45,6 +46,8 @@ class Settings:
         slots, max_bytes: how many rows at once, or how many bytes for them; both None: the engine decides.
         max_queue: requests that may wait for a row.
         state_folder: where sessions are saved; None: nowhere.
+        session_bytes: of memory, for sessions.
+        snapshot_bytes: of memory, for states of texts that were read, so that they are not read again; 0: none.
         request_s: a request's time, from its arrival to its end; then what there is of it is its answer.
         shutdown_s: how long what runs may go on after SIGTERM.
         page: whether / is the chat page.
@@ -66,6 +69,8 @@ class Settings:
     chunk: int = 512
     chat_template: str | None = None  # its source; None: the model's own
     state_folder: Path | None = None
+    session_bytes: int = 2**30
+    snapshot_bytes: int = 2**30
     request_s: float = 600.0
     shutdown_s: float = 25.0
     page: bool = True

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from griffin.errors import one_line
+from griffin.errors import GriffinError, one_line
 from griffin.serve.errors import ApiError
 from griffin.serve.log import say
 from griffin.serve.metrics import Metrics
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from griffin.infer.engine import Engine
     from griffin.infer.handle import Handle
     from griffin.infer.request import Piece, Request
+    from griffin.infer.sessions import Sessions
+    from griffin.infer.snapshots import Snapshots
     from griffin.tokenizer import Tokenizer
 
 Status = Literal["ok", "loading", "draining", "failed"]
@@ -38,6 +40,8 @@ class Loaded:
     engine: Engine
     tokenizer: Tokenizer
     facts: ModelFacts
+    snapshots: Snapshots | None
+    sessions: Sessions
     folds_system: bool  # the template refuses a system's message: it is put before the first of the user's
 
 
@@ -59,6 +63,8 @@ class Worker:
         self._loaded: Loaded | None = None
         self._thread: threading.Thread | None = None
         self._answers: set[Answer] = set()
+        self.sessions_in_use: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._mean_s = 1.0  # of a request, from its admission to its end
         self._turns, self._turned = -1, time.monotonic()
 
@@ -123,7 +129,14 @@ class Worker:
         return loaded
 
     def submit(
-        self, requests: Iterable[Request], *, tenant: str, until: float, state: Any = None, whole: bool = False
+        self,
+        requests: Iterable[Request],
+        *,
+        tenant: str,
+        until: float,
+        state: Any = None,
+        keep_state: bool = False,
+        whole: bool = False,
     ) -> Answer:
         """Queue the requests of one call.
 
@@ -131,7 +144,8 @@ class Worker:
             requests: each with its n answers.
             tenant: whose they are.
             until: the moment (time.monotonic) at which they end as they are.
-            state: what has been read before the first of them.
+            state: what has been read before the first of them, or an answer that goes on.
+            keep_state: whether completions are to have their state.
             whole: nobody looks at pieces before the end.
 
         Raises:
@@ -150,7 +164,7 @@ class Worker:
                     tenant=tenant,
                     state=state,
                     deadline=max(0.001, until - time.monotonic()),
-                    keep_state=state is not None,
+                    keep_state=keep_state,
                     index=index,
                 )
                 answer.add(handle)
@@ -162,6 +176,12 @@ class Worker:
             answer.close()
             raise ApiError(400, one_line(error)) from error
         return answer
+
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what a client that has left does not wait for. A drain does."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def forget(self, answer: Answer) -> None:
         self._answers.discard(answer)
@@ -178,9 +198,17 @@ class Worker:
         cut = list(self._answers)
         for answer in cut:
             answer.cancel()
-        while self._answers and time.monotonic() < until + 5:
+        while (self._answers or self._tasks) and time.monotonic() < until + 5:
             await asyncio.sleep(0.02)
+        if self._loaded is not None and self.settings.state_folder is not None:
+            await asyncio.to_thread(self._save_all, self._loaded.sessions)
         say(logging.INFO, "drained", cut_short=len(cut))
+
+    def _save_all(self, sessions: Sessions) -> None:
+        try:
+            sessions.save_all()
+        except (GriffinError, OSError) as error:
+            say(logging.ERROR, "sessions are not saved", error=one_line(error))
 
     def close(self) -> None:
         """End the engine. Not before `drain`, or what runs is cut short."""
@@ -203,6 +231,12 @@ class Worker:
         yield "griffin:num_requests_waiting", "Requests in the queue.", engine.waiting
         yield "griffin:state_slots", "Slots there are.", engine.slots
         yield "griffin:state_slots_used_ratio", "Of the slots, those in use.", used
+        yield "griffin:sessions_bytes", "Bytes of sessions in memory.", self._loaded.sessions.nbytes
+        if self._loaded.snapshots is not None:
+            kept = self._loaded.snapshots.stats
+            yield "griffin:prefix_cache_queries", "Tokens of prompts that were looked for.", kept.tokens_asked
+            yield "griffin:prefix_cache_hits", "Tokens of prompts that were not read again.", kept.tokens_saved
+            yield "griffin:prefix_cache_bytes", "Bytes of snapshots in memory.", kept.nbytes
         yield "griffin:engine_turns", "Turns of the engine.", stats.turns
         yield "griffin:engine_failed_requests", "Requests that ended with an error.", stats.failed
         # What Vertex AI can scale on has these names.
@@ -279,6 +313,11 @@ class Answer:
             if not self._whole:
                 self._worker.metrics.first_token_s.observe(self.first_s)
         return pieces
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, tokens that were not read again."""
+        return sum(handle.from_snapshots for handle in self.handles)
 
     async def wait(self) -> None:
         """Wait for the last piece.
