@@ -7,6 +7,7 @@ step for b rows, recorded once, is a step of the state's first b places for ever
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from griffin.infer.step import DecodeStep
 from griffin.model import Griffin
 from griffin.ops.cpu.record import available
 from griffin.state import State
+
+_STEPS = 8  # kept on a CPU, for so many numbers of rows: another costs one step's Python, each keeps its logits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +69,9 @@ class Batch:
         # (N, V), from the first row on that needs them:
         self._seen: Tensor | None = None  # bool, which tokens the text holds, for the repetition penalty
         self._offset: Tensor | None = None  # fp32, what is added to logits
-        self._steps: dict[Any, DecodeStep] = {}
+        self._allowed: Tensor | None = None  # bool, what grammars allow
+        self._masks = ThreadPoolExecutor(1, "griffin-grammar")  # its thread begins with the first mask
+        self._steps: dict[Any, DecodeStep] = {}  # the least recently used first
         self._grows = bool(self._state.growing())
         self._filters: dict[int, Filters] = {}  # of the rows as they are now, by the number of places shown
 
@@ -86,8 +91,8 @@ class Batch:
             self._state.set_rows_([place], state)
             self._columns.set_(place, row.sampling)
             self._enter(place, row)
-            row.place = place
             self.rows.append(row)
+        self._write_masks([(row, self._masks.submit(row.matcher.mask)) for row in rows if row.matcher is not None])
         self._filters.clear()
         at = slice(len(self.rows) - len(rows), len(self.rows))
         self._draw(at)
@@ -105,7 +110,12 @@ class Batch:
         self._write_offsets([(row, *each) for row in self.rows if row.has_offsets for each in row.new_offsets()])
         self._draw(slice(0, n))
         step, whole = self._step_for(places)
+        masks = [(row, self._masks.submit(row.matcher.mask)) for row in self.rows if row.matcher is not None]
+        if whole:  # the graph chooses as well
+            self._write_masks(masks)
         result = step(tokens)
+        if not whole:
+            self._write_masks(masks)
         if places > n:
             self._state.position[n:places] = 0
         chosen, logits = result if whole else self._choose(result[:n], n)
@@ -137,7 +147,7 @@ class Batch:
             self._state.set_rows_([place], self._state.rows([last]))
             for column in self._columns.tensors():
                 column[place] = column[last]
-            for wide in (self._seen, self._offset):
+            for wide in (self._seen, self._offset, self._allowed):
                 if wide is not None:
                     wide[place] = wide[last]
             self.rows[place] = self.rows[last]
@@ -153,7 +163,7 @@ class Batch:
         """How many places a step for so many rows computes."""
         if not self._uniform.is_cuda and not available():
             return rows  # no step is kept, so none has to serve for several numbers
-        return min(_bucket(rows, exact=1 if self._uniform.is_cuda else 8), self.places)
+        return min(_bucket(rows, exact=1 if self._uniform.is_cuda else 16), self.places)
 
     def _take(
         self, rows: Sequence[Row], choice: Choice, faults: list[str | None], logits: Tensor | None = None
@@ -205,10 +215,20 @@ class Batch:
             self._seen[place, [*row.request.prompt, *row.tokens]] = True
         if row.has_offsets and self._offset is None:
             self._offset = torch.zeros(self.places, V, dtype=torch.float32, device=device)
+        if row.matcher is not None and self._allowed is None:
+            self._allowed = torch.ones(self.places, V, dtype=torch.bool, device=device)
+        if self._allowed is not None:
+            self._allowed[place] = True
+        row.place = place
         if self._offset is not None:
             self._offset[place] = 0
-            row.place = place
             self._write_offsets([(row, *each) for each in row.offsets()])
+
+    def _write_masks(self, masks: list[tuple[Row, Future[Tensor]]]) -> None:
+        """Wait for what grammars allow, and note it."""
+        for row, mask in masks:
+            assert self._allowed is not None
+            self._allowed[row.place] = mask.result().to(self._allowed.device)
 
     def _write_offsets(self, offsets: list[tuple[Row, int, float]]) -> None:
         if offsets:
@@ -234,10 +254,13 @@ class Batch:
                 self._steps.clear()
         whole = self._uniform.is_cuda
         key = (places, self._kind()) if whole else places
-        if key not in self._steps:
+        step = self._steps.pop(key, None)
+        if step is None:
             then = partial(self._choose, places=places) if whole else None
-            self._steps[key] = DecodeStep(self.model, self._state.head(places), then)
-        step = self._steps[key]
+            step = DecodeStep(self.model, self._state.head(places), then)
+        self._steps[key] = step
+        if not whole and len(self._steps) > _STEPS:
+            del self._steps[next(iter(self._steps))]
         step.state.longest = max(row.position for row in self.rows)
         return step, whole
 
@@ -245,7 +268,7 @@ class Batch:
         """What a graph that chooses has been made for: which filters there are, and how many tokens are reported."""
         filters = self._shown(len(self.rows))
         given = [getattr(filters, name) is not None for name in ("temperature", "top_k", "top_p", "min_p", "penalty")]
-        return *given, filters.largest_k, _num_top(self.rows), self._has_offsets(self.rows)
+        return *given, filters.largest_k, _num_top(self.rows), _have_offsets(self.rows), _have_grammars(self.rows)
 
     def _shown(self, places: int) -> Filters:
         if places not in self._filters:
@@ -262,24 +285,25 @@ class Batch:
             filters,
             self._uniform[at],
             None if self._seen is None else self._seen[at],
-            offset=self._offset[at] if self._offset is not None and self._has_offsets(rows) else None,
+            offset=self._offset[at] if self._offset is not None and _have_offsets(rows) else None,
+            allowed=self._allowed[at] if self._allowed is not None and _have_grammars(rows) else None,
             num_top=_num_top(rows),
             first=None if logits.is_cuda else NUCLEUS_FIRST,
         )
-
-    def _has_offsets(self, rows: Sequence[Row]) -> bool:
-        return any(row.has_offsets for row in rows)
 
 
 def place_bytes(model: Griffin) -> tuple[int, int]:
     """What one place takes: its row of the state; and its columns, those of (N, V) too."""
     state = State.new(model.config, 1, model.activation_dtype, torch.device("meta"), "")
     columns = Columns(1, 1, torch.device("meta"))
-    return state.nbytes, sum(column.nbytes for column in columns.tensors()) + 8 + 5 * model.config.vocab_size
+    return state.nbytes, sum(column.nbytes for column in columns.tensors()) + 8 + 6 * model.config.vocab_size
 
 
 def _bucket(rows: int, exact: int) -> int:
-    """Up to `exact` each number, up to 8 powers of 2, then steps of a quarter: 10, 12, 14, 16, 20, 24, 28, 32 ..."""
+    """Up to `exact` each number, up to 8 powers of 2, then four steps to the next: 10, 12, 14, 16, 20, 24, 28, 32 ...
+
+    Beyond some 8 rows a CPU's step takes as long as it has rows, and recording one costs little; a GPU's graph is dear.
+    """
     if rows <= exact:
         return rows
     power = 2 ** (rows - 1).bit_length()
@@ -289,3 +313,11 @@ def _bucket(rows: int, exact: int) -> int:
 
 def _num_top(rows: Sequence[Row]) -> int:
     return max((row.request.logprobs or 0 for row in rows), default=0)
+
+
+def _have_offsets(rows: Sequence[Row]) -> bool:
+    return any(row.has_offsets for row in rows)
+
+
+def _have_grammars(rows: Sequence[Row]) -> bool:
+    return any(row.matcher is not None for row in rows)

@@ -18,6 +18,7 @@ import torch
 from griffin.errors import GriffinError, one_line
 from griffin.infer.answered import Answered
 from griffin.infer.batch import Batch, Held, place_bytes
+from griffin.infer.grammar import Grammars
 from griffin.infer.handle import Handle
 from griffin.infer.pace import Pace, share
 from griffin.infer.queue import Queue
@@ -128,6 +129,7 @@ class Engine:
         self._batch = Batch(
             model, self.slots, keep=None if snapshots is None else self._keep_row, every=EVERY, poison=poison
         )
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._pace = Pace(gap, chunk)
         self._changed = threading.Condition()  # guards what follows
         self._queue: Queue[State | Held | Answered | None] = Queue(
@@ -194,13 +196,22 @@ class Engine:
 
         Raises:
             Refused: the queue is full, or the engine is closed.
-            GriffinError: the prompt has no tokens or ids the model does not have, or the state is another model's.
+            GriffinError: the prompt has no tokens or ids the model does not have, the state is another model's, or the
+                grammar is none.
             ValueError: an option does not fit the model or the engine.
         """
         self._check(request, state)
+        matcher = None if request.grammar is None else self._grammars.matcher(request.grammar)
         handle = Handle(request, index, tenant, deadline)
         handle.rows = tuple(
-            Row(index + answer, request, _seeded(request, answer), self.tokenizer, keep_state=keep_state)
+            Row(
+                index + answer,
+                request,
+                _seeded(request, answer),
+                self.tokenizer,
+                matcher=None if matcher is None else matcher.twin(),
+                keep_state=keep_state,
+            )
             for answer in range(request.n)
         )
         if isinstance(state, Answered):

@@ -16,6 +16,7 @@ from griffin.errors import GriffinError
 if TYPE_CHECKING:
     import torch
 
+    from griffin.infer.grammar import Grammar
     from griffin.state import State
     from griffin.tokenizer import Tokenizer
 
@@ -109,6 +110,7 @@ class Request:
     logprobs: int | None = None  # how many of the likeliest tokens to report, 0 for the chosen one only; None: nothing
     prompt_logprobs: int | None = None  # the same of the prompt's own tokens
     min_tokens: int = 0  # before so many, stop_ids cannot be chosen
+    grammar: Grammar | None = None  # what the answer must match
     borders: tuple[int, ...] = ()  # after how many tokens of the prompt another may part from it: messages' ends
     n: int = 1  # answers to it: the prompt is read once; of a given seed, they have seed, seed + 1 ...
 
@@ -134,6 +136,7 @@ def as_requests(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     min_tokens: int = 0,
+    grammar: Grammar | None = None,
     **sampling: Any,
 ) -> list[Request]:
     """Build the requests of one call: `griffin.generate` explains the options.
@@ -150,7 +153,9 @@ def as_requests(
     """
     known = {each.name for each in fields(Sampling)}
     if unknown := sorted(sampling.keys() - known):
-        others = "max_tokens stop stop_ids ignore_eos logprobs prompt_logprobs min_tokens prefill_chunk progress"
+        others = (
+            "max_tokens stop stop_ids ignore_eos logprobs prompt_logprobs min_tokens grammar prefill_chunk progress"
+        )
         names = sorted(known | set(others.split()))
         raise TypeError(f"there is no option {', '.join(unknown)}; there are {', '.join(names)}")
     ids = [
@@ -171,6 +176,7 @@ def as_requests(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             min_tokens=min_tokens,
+            grammar=grammar,
         )
         for prompt, limit, row_seed in zip(ids, limits, seeds, strict=True)
     ]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from copy import copy
 
+from griffin.infer.grammar import Matcher
 from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
 from griffin.infer.stop import StopGate
 from griffin.state import State
@@ -21,13 +22,22 @@ class Row:
         request: what is asked.
         sampling: how it chooses; the request's, but for the seed of one of several answers.
         tokenizer: turns ids into text.
+        matcher: where it stands in its request's grammar; None: there is none.
         keep_state: whether its completion is to have the state.
     """
 
     def __init__(
-        self, index: int, request: Request, sampling: Sampling, tokenizer: Tokenizer, *, keep_state: bool = True
+        self,
+        index: int,
+        request: Request,
+        sampling: Sampling,
+        tokenizer: Tokenizer,
+        *,
+        matcher: Matcher | None = None,
+        keep_state: bool = True,
     ) -> None:
         self.index, self.request, self.sampling, self.keep_state = index, request, sampling, keep_state
+        self.matcher = matcher
         self.generator = sampling.generator()
         self.gate = StopGate(request.stop)
         self.stream = tokenizer.stream()
@@ -62,6 +72,11 @@ class Row:
             self.tail.push(len(told), self.gate, finished=not self.stream.unfinished())
         if self.gate.stopped:
             return self.piece((token,), text, "stop")
+        if self.matcher is not None:
+            self.matcher.take(token)
+            self.reason = self.matcher.fault
+            if self.matcher.complete or self.reason is not None:
+                return self.piece((token,), text + self._end(), "stop" if self.reason is None else "error")
         if len(self.tokens) == self.request.max_tokens:
             return self.piece((token,), text + self._end(), "length")
         return self.piece((token,), text, None)

@@ -107,6 +107,7 @@ def choose(
     seen: Tensor | None = None,
     *,
     offset: Tensor | None = None,
+    allowed: Tensor | None = None,
     num_top: int = 0,
     first: int | None = None,
 ) -> Chosen:
@@ -118,12 +119,14 @@ def choose(
         uniform: (B,) fp64 in [0, 1), one draw for each row.
         seen: (B, V) bool, the tokens that the penalty applies to; None means none.
         offset: (B, V) fp32, added after the penalty; -inf forbids a token. None means nothing.
+        allowed: (B, V) bool, the tokens there are to choose from; None means all.
         num_top: how many of the likeliest tokens to report.
         first: candidates that top-p looks at before it sorts the whole vocabulary, which waits for the device to learn
             whether they are enough; None sorts at once.
     """
     scores = logits if seen is None or filters.penalty is None else penalised(logits, filters.penalty, seen)
     scores = scores if offset is None else scores + offset
+    scores = scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
     ids = scores.argmax(dim=-1)  # the first of equals
     if filters.temperature is not None:
         drawn = invert(weights_of(scores, filters, first), uniform)
