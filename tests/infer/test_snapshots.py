@@ -227,6 +227,9 @@ def test_neither_tenants_nor_adapters_nor_changed_weights_share(make_model: Make
     with torch.no_grad():
         model.embedding.add_(0.01)
     assert snapshots.find(tokens, "ann") is None
+    snapshots.keep(tokens, held, "ann")
+    model.model.final_norm.weight = torch.nn.Parameter(model.model.final_norm.weight + 1)
+    assert snapshots.find(tokens, "ann") is None
     with pytest.raises(GriffinError, match="another model"):
         snapshots.keep(tokens, Held(make_model(seed=1).new_state(1), None))
     with pytest.raises(ValueError, match="does not fit 39 tokens"):
@@ -561,6 +564,23 @@ def test_every_flipped_byte_is_found_and_done_without(make_model: MakeModel, tmp
     found = Snapshots(model, max_bytes=10**6, folder=tmp_path).find([*tokens, 7])
     assert found is not None
     assert found[0] == 30
+
+
+def test_a_file_that_became_anothers_is_not_believed(make_model: MakeModel, tmp_path: Path, said: list[str]) -> None:
+    model, texts = make_model(), [text(50, seed=1), text(50, seed=2)]
+    snapshots = Snapshots(model, max_bytes=10**6, folder=tmp_path, say=said.append)
+    for tokens in texts:
+        snapshots.keep(tokens, read(model, tokens))
+    snapshots.save()
+    snapshots.clear()
+    left, right = tmp_path.rglob("*.safetensors")
+    left.write_bytes(right.read_bytes())
+    found = [snapshots.find([*tokens, 1]) is not None for tokens in texts]
+    assert sorted(found) == [False, True]
+    assert "it is not the snapshot that its name says" in said.pop()
+    assert not left.exists()
+    again = Snapshots(model, max_bytes=10**6, folder=tmp_path, say=said.append)
+    assert (again.stats.files, said) == (1, [])
 
 
 def _length(file: Path) -> int:
