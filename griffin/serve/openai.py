@@ -13,8 +13,9 @@ from griffin.serve.ask import LEGACY_MAX_TOKENS, check_model, prompts_of, reques
 from griffin.serve.body import JsonRoute
 from griffin.serve.chat import is_forced, prompt_of, tools_of
 from griffin.serve.errors import ApiError, ErrorReply
+from griffin.serve.grammars import grammar_of
 from griffin.serve.respond import Asked, respond
-from griffin.serve.schema import ChatBody, CompletionBody, ContinueBody, Generation, Tool
+from griffin.serve.schema import ChatBody, CompletionBody, ContinueBody, Generation
 from griffin.serve.sessions import Going, Name, kind_of, take
 from griffin.serve.worker import Worker
 
@@ -95,7 +96,7 @@ async def complete(worker: Worker, body: CompletionBody, http: HttpRequest) -> R
             )
             for prompt in prompts
         ]
-        answer = worker.submit(
+        answer = await worker.submit(
             requests,
             tenant=http.state.tenant,
             until=http.state.arrival + settings.request_s,
@@ -145,9 +146,9 @@ async def chat(worker: Worker, body: ChatBody, http: HttpRequest) -> Response:
             prompt,
             max_tokens=body.max_completion_tokens or body.max_tokens or settings.limits.default_max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=grammar_of(body, tools),
+            grammar=grammar_of(body, tools, forced=is_forced(body)),
         )
-        answer = worker.submit(
+        answer = await worker.submit(
             [request],
             tenant=http.state.tenant,
             until=http.state.arrival + settings.request_s,
@@ -183,7 +184,7 @@ async def resume(worker: Worker, name: str, body: ContinueBody, http: HttpReques
         answered = going.session.answered
         if answered is None:
             raise ApiError(400, f"the last answer of session {name} was not cut; ask for another", code="not_cut")
-        answer = worker.submit(
+        answer = await worker.submit(
             [answered.request],
             tenant=http.state.tenant,
             until=http.state.arrival + worker.settings.request_s,
@@ -202,14 +203,6 @@ async def resume(worker: Worker, name: str, body: ContinueBody, http: HttpReques
         going=going,
     )
     return await respond(worker, loaded, answer, asked, http)
-
-
-def grammar_of(body: Generation, tools: list[Tool] | None = None) -> Any:
-    """What the answer must match, for the engine; None: anything."""
-    form = getattr(body, "response_format", None)
-    if body.structured_outputs is None and (form is None or form.type == "text") and not tools:
-        return None
-    raise ApiError(400, "this server cannot hold an answer to a form", param="response_format")
 
 
 def _usage_last(body: Generation) -> bool:

@@ -19,6 +19,7 @@ from griffin.serve.settings import Settings
 from griffin.serve.worker import Loaded, Worker
 
 _BACKLOG = 2048
+_LAST_TICKS = 20  # for those who wait to be told
 
 
 class Server(uvicorn.Server):
@@ -34,12 +35,21 @@ class Server(uvicorn.Server):
         self.worker = worker
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._failed_at: int | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self.worker.on_failure = self._fail
         self.worker.start()  # after the port answers: importing torch keeps Python busy for a second
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second. An engine that has failed answers nothing more: what runs it starts another process."""
+        if self.worker.status == "failed" and self._failed_at is None:
+            self._failed_at = counter
+        if self._failed_at is not None and (counter - self._failed_at) % 864_000 > _LAST_TICKS:
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On the first signal drain, on the second end."""
@@ -104,8 +114,8 @@ def serve(settings: Settings) -> None:
         server.run([listener])
     finally:
         server.worker.close()
-    if server.worker.failure is not None:
-        raise server.worker.failure
+    if (failure := server.worker.failure) is not None:
+        raise failure
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from griffin.errors import GriffinError, one_line
@@ -85,7 +86,9 @@ class Worker:
 
     @property
     def status(self) -> Status:
-        if self.failure is not None or (self._loaded is not None and self._loaded.engine.error is not None):
+        if self.failure is None and self._loaded is not None:
+            self.failure = self._loaded.engine.error
+        if self.failure is not None:
             return "failed"
         if self.draining:
             return "draining"
@@ -128,7 +131,7 @@ class Worker:
             raise self._full(f"{loaded.engine.waiting} requests wait already")
         return loaded
 
-    def submit(
+    async def submit(
         self,
         requests: Iterable[Request],
         *,
@@ -159,7 +162,8 @@ class Worker:
         index = 0
         try:
             for request in requests:
-                handle = loaded.engine.submit(
+                queue = partial(
+                    loaded.engine.submit,
                     request,
                     tenant=tenant,
                     state=state,
@@ -167,7 +171,8 @@ class Worker:
                     keep_state=keep_state,
                     index=index,
                 )
-                answer.add(handle)
+                # A grammar is compiled, and a cut answer gone over, before they are queued: not on the event loop.
+                answer.add(queue() if request.grammar is None and not keep_state else await asyncio.to_thread(queue))
                 index += request.n
         except Refused as error:
             answer.close()
@@ -175,6 +180,9 @@ class Worker:
         except ValueError as error:
             answer.close()
             raise ApiError(400, one_line(error)) from error
+        except BaseException:  # the client left meanwhile
+            answer.close()
+            raise
         return answer
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -307,7 +315,9 @@ class Answer:
                 self.late = self.late or piece.finish_reason == "deadline"
                 self._worker.metrics.finished.labels(piece.finish_reason).inc()
                 if piece.finish_reason == "error":
-                    raise ApiError(500, piece.reason or "computing the answer failed", code="engine")
+                    if self._engine.error is None:  # of this request alone: its grammar costs more than there may be
+                        raise ApiError(400, piece.reason or "the answer cannot be made", code="grammar_failed")
+                    raise ApiError(500, "computing the answer failed; the server is ending", code="engine")
         if pieces and self.first_s is None:
             self.first_s = now - self.begun
             if not self._whole:

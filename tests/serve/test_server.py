@@ -213,6 +213,8 @@ def test_an_engine_that_fails_is_said_and_seen(folder: Path) -> None:
         status, body, _ = served.call("/v1/completions", {**LONG, "max_tokens": 50})
         assert (status, body["error"]["type"]) == (500, "server_error")
         assert served.call("/health")[:2] == (503, {"status": "failed"})
+        served.until(lambda: served.server.should_exit)
+        assert "no more" in str(served.worker.failure)
 
 
 def test_the_document_names_every_route_and_no_422(served: Served) -> None:
