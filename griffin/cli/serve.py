@@ -6,18 +6,32 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from griffin.cli import options
 from griffin.errors import GriffinError, printable
 
+if TYPE_CHECKING:
+    from griffin.serve.vertex import Vertex
+
+REPOSITORY = Path("/repository")  # where Hugging Face's Inference Endpoints put a model
+
 
 def serve(
-    model: options.Model,
-    host: Annotated[str, typer.Option(help="0.0.0.0 is reached from other machines, and needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a Hugging Face id, or gs://BUCKET/FOLDER. Default in a container of Vertex AI or "
+            "Hugging Face: what they give it.",
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="0.0.0.0 is reached from other machines, and needs a key. Default: 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one. Default: 8000.")] = None,
     name: Annotated[str | None, typer.Option(help="What clients call the model. Default: its folder's name.")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file of keys, one a line. Or set GRIFFIN_API_KEY.")
@@ -34,7 +48,9 @@ def serve(
         int | None, typer.Option(min=1, help="Instead of --slots: as many as fit in this many bytes.")
     ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused with 429.")] = 64,
-    request_timeout: Annotated[float, typer.Option(help="Seconds a request may take; then it ends as it is.")] = 600.0,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds a request may take; then it ends as it is. Default: 600.")
+    ] = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that answers may go on after SIGTERM.")] = 25.0,
     state_folder: Annotated[Path | None, typer.Option(help="Where sessions are saved.")] = None,
     session_bytes: Annotated[int, typer.Option(min=0, help="Of memory, for sessions.")] = 2**30,
@@ -68,21 +84,24 @@ def serve(
 
     from griffin.serve.run import serve as run
     from griffin.serve.settings import Settings, digests, read_keys
+    from griffin.serve.vertex import Vertex
 
     def keys(file: Path | None, variable: str) -> frozenset[bytes]:
         found = frozenset() if file is None else read_keys(file)
         value = os.environ.get(variable)
         return found | digests([value], variable) if value else found
 
+    vertex = Vertex.of(os.environ)
     settings = Settings(
-        model=model,
+        model=model_of(model, vertex),
         name=name,
-        host=host,
-        port=port,
+        host=host or ("127.0.0.1" if vertex is None else "0.0.0.0"),
+        port=port if port is not None else 8000 if vertex is None else vertex.port,
+        vertex=vertex,
         keys=keys(api_key_file, "GRIFFIN_API_KEY"),
         admin_keys=keys(admin_key_file, "GRIFFIN_ADMIN_KEY"),
         hosts=frozenset(each.lower() for each in allow_host or ()),
-        insecure=insecure,
+        insecure=insecure or vertex is not None,  # its IAM stands before it
         device=device,
         dtype=None if dtype is None else dtype.value,
         slots=slots,
@@ -93,13 +112,29 @@ def serve(
         state_folder=state_folder,
         session_bytes=session_bytes,
         snapshot_bytes=snapshot_bytes,
-        request_s=request_timeout,
+        # A shared endpoint of Vertex AI gives up after 60 s.
+        request_s=request_timeout or (600.0 if vertex is None else 55.0),
         shutdown_s=shutdown_timeout,
         page=not no_page,
     )
-    if sys.stderr.isatty() and settings.page and port:
-        typer.secho(printable(f"open http://{host}:{port}/ in a browser; Ctrl-C ends"), err=True)
+    if sys.stderr.isatty() and settings.page and settings.port:
+        typer.secho(printable(f"open http://{settings.host}:{settings.port}/ in a browser; Ctrl-C ends"), err=True)
     run(settings)
+
+
+def model_of(given: str | None, vertex: Vertex | None) -> str:
+    """Say which model is meant.
+
+    Raises:
+        GriffinError: none was given, and this is no container that was given one.
+    """
+    if given is not None:
+        return given
+    if vertex is not None and vertex.storage_uri is not None:
+        return vertex.storage_uri
+    if REPOSITORY.is_dir():
+        return str(REPOSITORY)
+    raise GriffinError("which model? griffin serve MODEL: a folder, or a Hugging Face id")
 
 
 def template_of(given: str | None) -> str | None:

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 import griffin
-from griffin.serve import answers, openai, replies, sessions
+from griffin.serve import answers, openai, replies, sessions, vertex
 from griffin.serve.ask import check_chars, check_model, encode
 from griffin.serve.body import JsonRoute
 from griffin.serve.chat import prompt_of
@@ -63,10 +63,19 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] | None = N
     app.include_router(openai.routes(worker))
     app.include_router(sessions.routes(worker, openai.ERRORS))
     app.include_router(_routes(worker))
+    if (contract := settings.vertex) is not None:
+
+        async def health() -> JSONResponse:
+            return _health(worker)
+
+        app.include_router(vertex.routes(worker, contract, health))
+        own = frozenset({contract.health_route, contract.predict_route})
+    else:
+        own = frozenset()
     page = _page_files() if settings.page else {}
     for path, (content, kind) in page.items():
         app.add_route(path, _static(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
-    app.add_middleware(Guard, settings=settings, metrics=worker.metrics, page_paths=frozenset(page))
+    app.add_middleware(Guard, settings=settings, metrics=worker.metrics, open_paths=own | frozenset(page))
     openapi = app.openapi
 
     def without_422() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,17 +110,27 @@ async def http_error(request: Request, error: Exception) -> JSONResponse:
 async def validation_error(request: Request, error: Exception) -> JSONResponse:
     """Say the first thing that is wrong with a body. Pydantic's list repeats what was sent, which may be long."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
+    return invalid([{**each, "loc": each["loc"][1:]} for each in error.errors()]).response()
+
+
+def invalid(found: Sequence[Any], *, prefix: str = "") -> ApiError:
+    """Say the first of pydantic's errors.
+
+    Args:
+        found: at least one.
+        prefix: of the field's name.
+    """
     # Of a union's branches, the one that was nearly right: it is not the type that it misses.
-    same = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
+    same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
     first: dict[str, Any] = next((each for each in same if not each["type"].endswith("_type")), found[0])
     # The branches are part of the place: prompt.list[constrained-int].3
-    place = [str(part) for part in first["loc"][1:] if str(part) not in ("str", "int", "float")]
+    place = [str(part) for part in first["loc"] if str(part) not in ("str", "int", "float")]
     param = ".".join(part[:60] for part in place if re.fullmatch(r"@?[A-Za-z0-9_]+", part))[:200]
+    param = ".".join(part for part in (prefix, param) if part)
     said = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field: {param}", param=param, code="unknown_parameter").response()
+        return ApiError(400, f"unknown field: {param}", param=param, code="unknown_parameter")
     if first["type"] == "missing" and not param:
-        return ApiError(400, "a JSON object is needed, with content-type: application/json").response()
+        return ApiError(400, "a JSON object is needed, with content-type: application/json")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-    return ApiError(400, f"{param}: {said}" if param else said, param=param or None, code=code).response()
+    return ApiError(400, f"{param}: {said}" if param else said, param=param or None, code=code)

@@ -12,7 +12,6 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,8 +34,7 @@ class Guard:
         app: what is guarded.
         settings: the server's.
         metrics: the server's.
-        page_paths: the chat page's own files: it asks for the key itself.
-        is_open: further paths that need no key (Vertex AI's, behind its IAM).
+        open_paths: further paths that need no key: the page's own files, which ask for it; Vertex AI's, behind its IAM.
     """
 
     def __init__(
@@ -45,11 +43,10 @@ class Guard:
         *,
         settings: Settings,
         metrics: Metrics,
-        page_paths: frozenset[str] = frozenset(),
-        is_open: Callable[[str], bool] = lambda path: False,
+        open_paths: frozenset[str] = frozenset(),
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self._open, self._is_open = OPEN | page_paths, is_open
+        self._open = OPEN | open_paths
         self._names = {"localhost", "127.0.0.1", "[::1]", settings.host, f"[{settings.host}]", *settings.hosts}
         self.busy = 0
 
@@ -115,7 +112,7 @@ class Guard:
         most = state["most_bytes"] = limits.import_bytes if path == IMPORT else limits.body_bytes
         if not length.isdigit() or len(length) > 15 or int(length) > most:
             raise ApiError(413, f"the body has more than {most:,} bytes", close=True)
-        if path in self._open or self._is_open(path):
+        if path in self._open:
             state["tenant"], state["admin"] = "", False
             return
         self._check_key(path, found, state)

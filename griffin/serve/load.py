@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from griffin.errors import GriffinError
@@ -30,11 +33,14 @@ def load(settings: Settings) -> Loaded:
     from griffin.machine import find_device
     from griffin.memory import keep_freed_memory
 
-    tokenizer = checkpoint.load_tokenizer(settings.model)
+    name = settings.model
+    if name.startswith("gs://"):
+        name = str(from_storage(name))
+    tokenizer = checkpoint.load_tokenizer(name)
     if settings.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(settings.chat_template)
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model = checkpoint.load(settings.model, device=find_device(settings.device), dtype=dtype)
+    model = checkpoint.load(name, device=find_device(settings.device), dtype=dtype)
     if model.device.type == "cpu":
         keep_freed_memory()
     snapshots = Snapshots(model, max_bytes=settings.snapshot_bytes, say=_warn) if settings.snapshot_bytes else None
@@ -71,6 +77,18 @@ def load(settings: Settings) -> Loaded:
             say=_warn,
         ),
     )
+
+
+def from_storage(uri: str) -> Path:
+    """Download a model folder from Cloud Storage, with the credentials that this machine is lent."""
+    from griffin.serve.vertex import fetch_model
+
+    try:
+        from google.cloud import storage
+    except ImportError as error:
+        raise GriffinError(f"{uri} needs google-cloud-storage; pip install 'griffin-lm[vertex]'") from error
+    place = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return fetch_model(uri, Path(tempfile.gettempdir()) / f"griffin-model-{place}", storage.Client())
 
 
 def warm_up(engine: Engine, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from griffin.serve.streams import PING, EventStream
 from griffin.serve.worker import Answer, ClientGoneError, Loaded, Worker, while_connected
 
 if TYPE_CHECKING:
-    from griffin.infer.request import Completion
+    from griffin.infer.request import Completion, Piece
 
 GONE = 499  # nginx's status for a client that left: nobody reads it but the log
 
@@ -46,6 +46,12 @@ class Asked:
     echo: list[list[int]] | None = None
     going: Going | None = None
     said: list[dict[str, str]] = field(default_factory=list)
+
+    def told(self, piece: Piece) -> str:
+        """The text of a piece in a stream. What waits for the end of a character, or of what may be a stop string, is
+        the engine's to give up when an answer is cut; in a session it goes on, and `continue` says it."""
+        is_cut = piece.finish_reason in ("cancelled", "deadline")
+        return "" if is_cut and self.going is not None else piece.text
 
     async def settle(self, answer: Answer) -> None:
         if self.going is not None:
@@ -80,18 +86,26 @@ async def respond(worker: Worker, loaded: Loaded, answer: Answer, asked: Asked, 
         for place, handle in enumerate(answer.handles):
             for completion in handle.completions(timeout=5):
                 index = len(choices)
-                if is_chat:
-                    choices.append(_chat_choice(index, completion, asked, loaded))
-                else:
-                    prompt = None if asked.echo is None else asked.echo[place]
-                    choices.append(_text_choice(index, completion, prompt, asked, loaded))
+                choices.append(choice_of(index, completion, asked, loaded, place))
         more = {} if asked.going is None else {"session": asked.going.session.name}
-        return JSONResponse({**head, "choices": choices, "usage": _note(http, answer), **more})
+        return JSONResponse({**head, "choices": choices, "usage": note(http, answer), **more})
     except ClientGoneError:
         return Response(status_code=GONE)
     finally:
         answer.close()
         asked.abandon(answer)
+
+
+def choice_of(index: int, completion: Completion, asked: Asked, loaded: Loaded, place: int = 0) -> Any:
+    """Give one choice.
+
+    Args:
+        place: of the prompt among those of the request.
+    """
+    if asked.form == "chat":
+        return _chat_choice(index, completion, asked, loaded)
+    prompt = None if asked.echo is None else asked.echo[place]
+    return _text_choice(index, completion, prompt, asked, loaded)
 
 
 def _text_choice(
@@ -138,16 +152,16 @@ async def _text_chunks(
                 shown = answers.legacy_logprobs(
                     loaded.tokenizer, piece.logprobs or (), piece.tokens, top=asked.logprobs, offset=at
                 )
-            offsets[piece.row] = at + len(piece.text)
-            if not (piece.text or piece.finish_reason or shown):
+            text, reason = asked.told(piece), answers.finish(piece.finish_reason)
+            offsets[piece.row] = at + len(text)
+            if not (text or reason or shown):
                 continue
-            reason = answers.finish(piece.finish_reason)
-            choice = {"index": piece.row, "text": piece.text, "logprobs": shown, "finish_reason": reason}
+            choice = {"index": piece.row, "text": text, "logprobs": shown, "finish_reason": reason}
             made.append(answers.event({**head, "choices": [choice], **extra}))
         if made:
             yield b"".join(made)
     await asked.settle(answer)
-    counted = _note(http, answer)
+    counted = note(http, answer)
     if asked.usage_last:
         yield answers.event({**head, "choices": [], "usage": counted})
 
@@ -168,7 +182,7 @@ async def _chat_chunks(
     async for pieces in answer.batches():
         made = [] if pieces else [PING]
         for piece in pieces:
-            row, text, reason = piece.row, piece.text, answers.finish(piece.finish_reason)
+            row, text, reason = piece.row, asked.told(piece), answers.finish(piece.finish_reason)
             shown = None
             if asked.logprobs is not None and piece.tokens:
                 shown = answers.chat_logprobs(loaded.tokenizer, piece.logprobs or ())
@@ -192,7 +206,7 @@ async def _chat_chunks(
         if made:
             yield b"".join(made)
     await asked.settle(answer)
-    counted = _note(http, answer)
+    counted = note(http, answer)
     if asked.usage_last:
         yield answers.event({**head, "choices": [], "usage": counted})
 
@@ -201,7 +215,7 @@ def _call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _note(http: HttpRequest, answer: Answer) -> replies.Usage:
+def note(http: HttpRequest, answer: Answer) -> replies.Usage:
     """Count an answer, for the client and for the log's line."""
     prompt_tokens = sum(len(handle.request.prompt) for handle in answer.handles)
     counted = answers.usage(prompt_tokens, answer.tokens, answer.cached_tokens)

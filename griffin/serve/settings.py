@@ -7,9 +7,13 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from griffin.errors import GriffinError
 from griffin.reading import read_text
+
+if TYPE_CHECKING:
+    from griffin.serve.vertex import Vertex
 
 MOST_KEY_CHARS = 512
 
@@ -51,6 +55,7 @@ class Settings:
         request_s: a request's time, from its arrival to its end; then what there is of it is its answer.
         shutdown_s: how long what runs may go on after SIGTERM.
         page: whether / is the chat page.
+        vertex: the container's contract, where this is one: it listens for all, and IAM stands before it.
     """
 
     model: str
@@ -74,6 +79,7 @@ class Settings:
     request_s: float = 600.0
     shutdown_s: float = 25.0
     page: bool = True
+    vertex: Vertex | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -262,7 +262,7 @@ def test_a_cut_answer_is_taken_up_by_another_process_with_the_same_tokens(folder
     """SIGTERM in mid-answer: the session is saved, and another server goes on with it."""
     settings = Settings(model=str(folder), slots=2, state_folder=tmp_path, shutdown_s=0.1)
     body = {"max_tokens": 1200, "seed": 7, "temperature": 1.0, "ignore_eos": True, "stop": ["never in there"]}
-    with running(settings) as served:
+    with running(settings) as other, running(settings) as served:
         whole = ok(served.call("/v1/completions", {**body, "prompt": "To be"}))["choices"][0]["text"]
         name = new(served)
         got: list[Any] = []
@@ -281,14 +281,17 @@ def test_a_cut_answer_is_taken_up_by_another_process_with_the_same_tokens(folder
         served.server.handle_exit(15, None)
         thread.join(30)
         served.until(lambda: served.server.should_exit)
-    first = "".join(choice["text"] for choice in got)
-    assert got[-1]["finish_reason"] == "length"
-    assert 0 < len(first) < len(whole)
-    with running(settings) as served:
-        session = ok(served.call(f"/v1/sessions/{name}"))
-        assert session["can_continue"]
-        _status, stream, _ = served.call(f"/v1/sessions/{name}/continue", {"stream": True})
-        events = [json.loads(each[6:]) for each in stream.decode().split("\n\n") if each.startswith("data: {")]
-        assert first + "".join(event["choices"][0]["text"] for event in events) == whole
-        assert not ok(served.call(f"/v1/sessions/{name}"))["can_continue"]
-        assert served.call(f"/v1/sessions/{name}/continue", {})[1]["error"]["code"] == "not_cut"
+        first = "".join(choice["text"] for choice in got)
+        assert got[-1]["finish_reason"] == "length"
+        assert 0 < len(first) < len(whole)
+        # By one that is started later, and by one that runs beside it on the same folder.
+        with running(settings) as later:
+            for taker in (later, other):
+                assert ok(taker.call(f"/v1/sessions/{name}"))["can_continue"]
+                status, stream, _ = taker.call(f"/v1/sessions/{name}/continue", {"stream": True})
+                assert status == 200
+                lines = [each for each in stream.decode().split("\n\n") if each.startswith("data: {")]
+                more = "".join(json.loads(each[6:])["choices"][0]["text"] for each in lines)
+                assert first + more == whole
+                assert not ok(taker.call(f"/v1/sessions/{name}"))["can_continue"]
+                assert taker.call(f"/v1/sessions/{name}/continue", {})[1]["error"]["code"] == "not_cut"
