@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import socket
 import threading
@@ -125,7 +126,9 @@ def running(
         yield served
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(60)
+        if thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
         server.worker.close()
         listener.close()
         assert not thread.is_alive()
