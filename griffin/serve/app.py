@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 import griffin
-from griffin.serve import answers, openai, replies, sessions, vertex
+from griffin.serve import answers, openai, replies, responses, sessions, vertex
 from griffin.serve.ask import check_chars, check_model, encode
 from griffin.serve.body import JsonRoute
 from griffin.serve.chat import prompt_of
@@ -61,6 +61,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Loaded] | None = N
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(Exception, _fault)
     app.include_router(openai.routes(worker))
+    app.include_router(responses.routes(worker))
     app.include_router(sessions.routes(worker, openai.ERRORS))
     app.include_router(_routes(worker))
     if (contract := settings.vertex) is not None:
