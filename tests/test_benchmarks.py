@@ -26,3 +26,12 @@ def test_the_gpu_benchmark_runs_at_toy_sizes() -> None:
     assert "WRONG" not in done.stdout
     assert "is left out: " not in done.stdout, done.stdout  # a task that raised
     assert "out of memory" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_engines_benchmark_runs_at_toy_sizes() -> None:
+    command = [sys.executable, "-m", "benchmarks.engine", "--small", "--no-save", "--threads", "1", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for part in ("one after the other", "long prompt", "requests, all", "a JSON list"):
+        assert part in done.stdout

@@ -60,7 +60,7 @@ class Answered:
             return None
         num_read, state = row.num_read, row.state
         if row.tail is not None and row.tail.state is not None:  # text is held back: go on from before it
-            num_read, state = row.tail.ends[0][0], row.tail.state
+            num_read, state = row.tail.num_read, row.tail.state
         return cls(
             request=replace(handle.request, sampling=row.sampling, n=1, prompt_logprobs=None, borders=()),
             tokens=tuple(row.tokens),

@@ -6,6 +6,7 @@ step for b rows, recorded once, is a step of the state's first b places for ever
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from griffin.infer.pace import mean
 from griffin.infer.prefill import read_chunk
 from griffin.infer.request import Piece
 from griffin.infer.row import Row
@@ -44,6 +46,7 @@ class Batch:
         keep: called with a row and what it holds, before it leaves and whenever it has read a multiple of `every`
             tokens; None keeps nothing.
         every: see `keep`.
+        speculate: let a row that decodes alone guess what comes next: see `griffin.infer.speculate`.
         poison: fill the state of a place that becomes free with NaN, so that a test sees whoever reads it.
 
     Attributes:
@@ -58,9 +61,11 @@ class Batch:
         *,
         keep: Callable[[Row, Held], None] | None = None,
         every: int = 1,
+        speculate: bool = False,
         poison: bool = False,
     ) -> None:
         self.model, self.places, self.keep, self.every, self.poison = model, places, keep, every, poison
+        self._step_s: float | None = None  # of a row alone
         self.rows: list[Row] = []
         self._state = model.new_state(places)
         device, V = self._state.position.device, model.config.vocab_size
@@ -73,6 +78,9 @@ class Batch:
         self._masks = ThreadPoolExecutor(1, "griffin-grammar")  # its thread begins with the first mask
         self._steps: dict[Any, DecodeStep] = {}  # the least recently used first
         self._grows = bool(self._state.growing())
+        self._lies: list[int] = []  # where the state lay when the steps were made, if it grows
+        self._speculates = speculate and not self._grows
+        self.guessed = self.accepted = 0  # tokens
         self._filters: dict[int, Filters] = {}  # of the rows as they are now, by the number of places shown
 
     def join(self, rows: Sequence[Row], states: Sequence[State], logits: Tensor) -> list[tuple[Row, Piece]]:
@@ -89,6 +97,7 @@ class Batch:
         for row, state in zip(rows, states, strict=True):
             place = len(self.rows)
             self._state.set_rows_([place], state)
+            self._forget_beyond(place, state)
             self._columns.set_(place, row.sampling)
             self._enter(place, row)
             self.rows.append(row)
@@ -101,7 +110,14 @@ class Batch:
 
     def step(self) -> list[tuple[Row, Piece]]:
         """Let the model read the last token of every row, and choose the next. Rows that end have left."""
-        n = len(self.rows)
+        began, n = time.perf_counter(), len(self.rows)
+        if n == 1 and self._speculates:
+            (row,) = self.rows
+            guesses = row.drafter.draft(row.tokens)
+            if guesses or row.num_unread > 1:
+                return self._verify(row, guesses)
+        for row in self.rows:
+            self._catch_up(row, len(row.tokens) - 1)
         places = self.bucket(n)
         ids = [row.tokens[-1] for row in self.rows] + [0] * (places - n)
         tokens = torch.tensor(ids, dtype=torch.int64, device=self._uniform.device)
@@ -123,7 +139,67 @@ class Batch:
             row.num_read += 1
             row.position += 1
         choice, faults = read_each(chosen)
-        return self._take(list(self.rows), choice, faults, logits)
+        taken = self._take(list(self.rows), choice, faults, logits)
+        if n == 1:
+            self._step_s = mean(self._step_s, time.perf_counter() - began)
+        return taken
+
+    def _verify(self, row: Row, guesses: list[int]) -> list[tuple[Row, Piece]]:
+        """Read what is unread and some guesses in one pass, and take tokens for as long as the guesses are right.
+
+        After a wrong one the state is the one from before the pass: what was right is read with the next pass.
+        """
+        began, before, pieces = time.perf_counter(), self.state_of(row), list[tuple[Row, Piece]]()
+        unread = row.tokens[row.num_read :]
+        head = self._state.head(1)
+        head.longest = row.position
+        tokens = torch.tensor([[*unread, *guesses]], dtype=torch.int64, device=self._uniform.device)
+        logits = self.model.logits(self.model(tokens, head)[0, len(unread) - 1 :])  # (1 + guesses, V)
+        for index in range(len(guesses) + 1):
+            choice, faults = read_each(self._choose_next(row, logits[index : index + 1]))
+            chosen = len(row.tokens)  # before this one
+            if faults[0] is None:
+                piece = row.take(choice.ids[0], choice.logprobs[0], choice.top[0])
+            else:
+                piece = row.end("error", faults[0])
+            pieces.append((row, piece))
+            if row.tail is not None and row.tail.wants_state:
+                row.tail.state, row.tail.num_read = before, row.num_read
+            if piece.finish_reason is not None or index == len(guesses) or choice.ids[0] != guesses[index]:
+                break
+        if index == len(guesses):
+            row.num_read += tokens.shape[1]
+            row.position += tokens.shape[1]
+        else:
+            self._state.set_rows_([0], before)
+        self.guessed += len(guesses)
+        self.accepted += index
+        row.drafter.judge(index + 1, time.perf_counter() - began, self._step_s, guessed=bool(guesses))
+        if row.finish_reason is not None:
+            self._catch_up(row, chosen)
+            if self.keep is not None and row.finish_reason != "error":
+                self._keep(row, logits[index])
+            self.end(row)
+        return pieces
+
+    def _choose_next(self, row: Row, logits: Tensor) -> Chosen:
+        """Choose one token of the only row, after what it has taken so far."""
+        if self._seen is not None:
+            self._seen[0, row.tokens[-1]] = True
+        self._write_offsets([(row, *each) for each in row.new_offsets()] if row.has_offsets else [])
+        if row.matcher is not None:
+            self._write_masks([(row, self._masks.submit(row.matcher.mask))])
+        self._draw(slice(0, 1))
+        return self._choose_at(slice(0, 1), logits, self._shown(1), [row])
+
+    def _catch_up(self, row: Row, count: int) -> None:
+        """Read what the row has chosen up to `count` tokens, if guesses have left more than that unread."""
+        if (some := row.tokens[row.num_read : count]) and row.place is not None:
+            state = self.state_of(row)
+            read_chunk(self.model, [state], [some])
+            self._state.set_rows_([row.place], state)
+            row.num_read += len(some)
+            row.position += len(some)
 
     def state_of(self, row: Row) -> State:
         """Copy the state of a busy row."""
@@ -177,7 +253,7 @@ class Batch:
             else:
                 piece = row.end("error", fault)
             if row.tail is not None and row.tail.wants_state and piece.finish_reason is None:
-                row.tail.state = self.state_of(row)
+                row.tail.state, row.tail.num_read = self.state_of(row), row.num_read
             if self.keep is not None and logits is not None and not fault:
                 self._keep(row, logits[index])
             if piece.finish_reason is not None:
@@ -200,10 +276,16 @@ class Batch:
             return self.state_of(row)
         assert row.tail is not None
         assert row.tail.state is not None
-        state, read = row.tail.state.clone(), row.tail.ends[0][0]
+        state, read = row.tail.state.clone(), row.tail.num_read
         if read < count:
             read_chunk(self.model, [state], [row.tokens[read:count]])
         return state
+
+    def _forget_beyond(self, place: int, state: State) -> None:
+        """Empty slots of global attention that a row has not: no query sees them, yet 0 times NaN is NaN."""
+        mine, theirs = self._state.tensors(), state.tensors()
+        for name in self._state.growing() if self._grows else ():
+            mine[name][place, theirs[name].shape[1] :] = 0
 
     def _enter(self, place: int, row: Row) -> None:
         """Fill the columns of (N, V) for a row that comes in."""
@@ -247,11 +329,11 @@ class Batch:
     def _step_for(self, places: int) -> tuple[DecodeStep, bool]:
         """The step of so many places, and whether it chooses as well, as part of a CUDA graph."""
         if self._grows:  # before a view is taken: one that grows would have tensors of its own
-            longest = max(row.position for row in self.rows) + 1
-            before = self._state.tensors()
-            self._state.reserve_(longest)
-            if any(before[name] is not tensor for name, tensor in self._state.tensors().items()):
+            self._state.reserve_(max(row.position for row in self.rows) + 1)
+            lies = [tensor.data_ptr() for tensor in self._state.tensors().values()]
+            if lies != self._lies:  # it has grown, here or for a row that came in
                 self._steps.clear()
+                self._lies = lies
         whole = self._uniform.is_cuda
         key = (places, self._kind()) if whole else places
         step = self._steps.pop(key, None)

@@ -65,6 +65,8 @@ class Stats:
     tokens_read: int  # of prompts
     tokens_from_snapshots: int  # of prompts, that were not read again
     tokens_generated: int
+    tokens_guessed: int  # by speculation
+    tokens_accepted: int  # of them
     turns: int
 
 
@@ -94,6 +96,8 @@ class Engine:
         max_queue: the most requests that wait.
         max_queue_tokens: the most tokens of prompts that wait; None: a million.
         snapshots: keeps states of texts that have been read; None: nothing is kept.
+        speculate: let a row that decodes alone guess what comes next from what its text holds already, where that pays.
+            The tokens are the same, up to the rounding of sums: several read at once are summed in another order.
         poison: fill freed slots with NaN, for tests.
 
     Raises:
@@ -113,6 +117,7 @@ class Engine:
         max_queue: int = 64,
         max_queue_tokens: int | None = None,
         snapshots: Snapshots | None = None,
+        speculate: bool = False,
         poison: bool = False,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
@@ -126,9 +131,8 @@ class Engine:
             raise ValueError(f"gap={gap} must be a positive number of seconds")
         self.model, self.tokenizer, self.snapshots = model, tokenizer, snapshots
         self.slots, self.readers = _capacity(model, slots, max_bytes)
-        self._batch = Batch(
-            model, self.slots, keep=None if snapshots is None else self._keep_row, every=EVERY, poison=poison
-        )
+        keep = None if snapshots is None else self._keep_row
+        self._batch = Batch(model, self.slots, keep=keep, every=EVERY, speculate=speculate, poison=poison)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._pace = Pace(gap, chunk)
         self._changed = threading.Condition()  # guards what follows
@@ -170,7 +174,8 @@ class Engine:
         return self._queue.max_tokens
 
     def stats(self) -> Stats:
-        return Stats(**self._counts)
+        guesses = {"tokens_guessed": self._batch.guessed, "tokens_accepted": self._batch.accepted}
+        return Stats(**{**self._counts, **guesses})
 
     def submit(
         self,
@@ -378,7 +383,7 @@ class Engine:
         for row in handle.rows:
             row.position = int(own.position[0])
             if row.tail is not None and row.tokens:
-                row.tail.state = own.clone()
+                row.tail.state, row.tail.num_read = own.clone(), len(row.tokens) - len(tokens)
         keeps = self.snapshots is not None and not handle.resumes
         edges = self._edges(len(handle.request.prompt), handle.request.borders) if keeps else ()
         self._readers.append(Reader(handle, own, tokens, edges, None if logits is None else logits[None]))

@@ -64,15 +64,18 @@ def generate(
         state: what has been read before the prompts: one row for each of them, or one for all. It is copied, not
             changed.
         max_tokens: the most tokens to generate, or one number per prompt. 0 only reads the prompt.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Default: plain sampling, temperature 1.
-            The penalty counts the tokens of this call, prompt included.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: see
+            `Sampling`. Default: plain sampling, temperature 1. The repetition penalty counts the tokens of this call,
+            prompt included.
         seed: of every row, so that a prompt gets what it would get alone; one per prompt to get several answers to
             equal prompts; None for new ones each time.
         stop: strings that end a row. The text ends before them.
         stop_ids: ids that end a row, besides the tokenizer's.
         ignore_eos: go on after the tokenizer's stop ids; they are tokens like others then.
         logprobs: how many of the likeliest tokens to report at each step, 0 for the chosen one only; None for nothing.
+        prompt_logprobs, min_tokens, grammar: see `Request`.
         prefill_chunk: the most tokens of a prompt read at once: more is faster and takes more memory.
+        speculate: guess what comes next from what the text holds already, where that pays (one prompt alone).
         progress: called before the first chunk of the prompts and after each, with tokens read and tokens in all.
 
     Returns:
@@ -144,6 +147,7 @@ def start(
     *,
     prefill_chunk: int = 512,
     progress: Progress | None = None,
+    speculate: bool = False,
     **options: Any,
 ) -> Run:
     """Check the arguments of `generate`, and give what it iterates over. Nothing has been computed yet."""
@@ -154,6 +158,7 @@ def start(
         slots=max(1, len(requests)),
         gap=math.inf,
         chunk=prefill_chunk,
+        speculate=speculate,
         max_queue=len(requests),
         max_queue_tokens=sum(len(request.prompt) for request in requests),
     )

@@ -25,11 +25,11 @@ class Pace:
         self._chunk_s: dict[int, float] = {}  # by its tokens, rounded up to a power of 2
 
     def stepped(self, seconds: float) -> None:
-        self._step_s = _mean(self._step_s or None, seconds)
+        self._step_s = mean(self._step_s or None, seconds)
 
     def read(self, tokens: int, seconds: float) -> None:
         size = _power(tokens)
-        self._chunk_s[size] = _mean(self._chunk_s.get(size), seconds)
+        self._chunk_s[size] = mean(self._chunk_s.get(size), seconds)
 
     def tokens(self, *, decoding: bool) -> int | None:
         """How many tokens the next chunk may have, of all prompts together. None: there is no limit."""
@@ -89,7 +89,8 @@ def _fill(wants: Sequence[int], budget: int) -> list[int]:
     return given
 
 
-def _mean(before: float | None, now: float) -> float:
+def mean(before: float | None, now: float) -> float:
+    """A running mean; of nothing before, what there is now."""
     return now if before is None else 0.7 * before + 0.3 * now
 
 

@@ -79,15 +79,32 @@ def read_chunk(model: Griffin, states: Sequence[State], pieces: Sequence[Sequenc
     """
     if len(states) == 1:
         return [_read(model, states[0], pieces)[0]]
-    together = model.new_state(len(states))
-    for row, state in enumerate(states):
-        together.set_rows_([row], state)
+    together = _together(model, states)
     hidden = _read(model, together, pieces)
+    joined = together.tensors()
     for row, (state, piece) in enumerate(zip(states, pieces, strict=True)):
         longest = state.longest + len(piece)
-        state.set_rows_([0], together.rows([row]))
+        if state.growing():
+            state.set_rows_([0], together.rows([row]))
+        else:
+            for name, tensor in state.tensors().items():
+                tensor.copy_(joined[name][row : row + 1])
         state.longest = longest  # not that of its neighbours
     return [hidden[row, : len(piece)] for row, piece in enumerate(pieces)]
+
+
+def _together(model: Griffin, states: Sequence[State]) -> State:
+    """Copy states of one row each into one of as many rows."""
+    if states[0].growing():  # to different lengths
+        together = model.new_state(len(states))
+        for row, state in enumerate(states):
+            together.set_rows_([row], state)
+        return together
+    together, each = states[0].rows([0] * len(states)), [state.tensors() for state in states]
+    for name, tensor in together.tensors().items():
+        torch.cat([tensors[name] for tensors in each], out=tensor)
+    together.longest = max(state.longest for state in states)
+    return together
 
 
 def _read(model: Griffin, state: State, pieces: Sequence[Sequence[int]]) -> Tensor:

@@ -9,6 +9,7 @@ from copy import copy
 
 from griffin.infer.grammar import Matcher
 from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling, TokenLogprob
+from griffin.infer.speculate import Drafter
 from griffin.infer.stop import StopGate
 from griffin.state import State
 from griffin.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ class Row:
         self.position = 0  # tokens that its state has read
         self.num_read = 0  # of them, of `tokens`
         self.state: State | None = None  # once it has left the batch, if it is to be kept
+        self.drafter = Drafter(request.prompt)
         self.tail = Tail(tokenizer) if request.stop else None
         self._counts = Counter[int]()
         self._penalises = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -116,6 +118,11 @@ class Row:
         return self.num_read, tuple(self.tokens[self.num_read :])
 
     @property
+    def num_unread(self) -> int:
+        """How many of `tokens` the state has not read: one, or after guesses that were wrong more."""
+        return len(self.tokens) - self.num_read
+
+    @property
     def has_offsets(self) -> bool:
         return self._penalises or bool(self.sampling.logit_bias) or self.request.min_tokens > 0
 
@@ -161,7 +168,8 @@ class Tail:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.state: State | None = None  # which has read the first `ends[0][0]` tokens
+        self.state: State | None = None  # which has read the first `num_read` tokens, at most `ends[0][0]`
+        self.num_read = 0
         self.wants_state = False  # it is to be set, before the last token is read
         self.ends = [(0, 0)]  # (tokens, characters) where a text of whole characters ends, from where `state` stands
         self._tokenizer = tokenizer

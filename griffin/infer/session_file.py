@@ -17,6 +17,7 @@ from griffin import state_file
 from griffin.errors import GriffinError
 from griffin.infer.answered import Answered
 from griffin.infer.batch import Held, place_bytes
+from griffin.infer.grammar import Grammar
 from griffin.infer.request import Request, Sampling, TokenLogprob
 from griffin.model import Griffin
 from griffin.reading import MOST_TEXT_BYTES, parse_json
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _KEY = "session"
 _FIELDS = {"name", "tenant", "version", "created_s", "used_s", "unread", "note", "tokenizer", "answered"}
-_MOST_STOPS, _MOST_STOP_CHARS = 64, 4096
+_MOST_STOPS, _MOST_STOP_CHARS, _MOST_GRAMMAR_CHARS = 64, 4096, 2**20
 _MOST_GROWN_BYTES = 4 * 2**30  # of a state that grows with the text
 _MEND = "use another copy"
 
@@ -130,7 +131,7 @@ def received(source: BinaryIO, model: Griffin) -> Iterator[Path]:
 
 
 # What of a request and its sampling is written. A field that is not here must be at its default.
-_REQUEST = ("prompt", "max_tokens", "min_tokens", "sampling", "stop", "stop_ids", "logprobs")
+_REQUEST = ("prompt", "max_tokens", "min_tokens", "sampling", "stop", "stop_ids", "logprobs", "grammar")
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("top_k", "seed"),
@@ -149,6 +150,7 @@ def _told(answered: Answered) -> dict[str, Any]:
             **{name: getattr(request, name) for name in _REQUEST},
             "sampling": asdict(sampling),
             "stop_ids": sorted(request.stop_ids),
+            "grammar": None if request.grammar is None else asdict(request.grammar),
         },
         "tokens": answered.tokens,
         "seed": answered.seed,
@@ -178,6 +180,7 @@ def _answered(content: Any, state: State, check: _Check) -> Answered:
         stop=tuple(stop),
         stop_ids=frozenset(check.ids(asked["stop_ids"], "stop_ids")),
         logprobs=logprobs,
+        grammar=None if asked["grammar"] is None else _grammar(asked["grammar"], check),
     )
     for name in ("seed", "num_read"):
         check.whole(content[name], name, most=2**64)
@@ -190,6 +193,15 @@ def _answered(content: Any, state: State, check: _Check) -> Answered:
         state=state,
         logprobs=None if content["logprobs"] is None else _logprobs(content["logprobs"], tokens, check),
     )
+
+
+def _grammar(content: Any, check: _Check) -> Grammar:
+    """Read a grammar; whether it can be followed is seen when the answer goes on."""
+    check.keys(content, ("kind", "text"), "grammar")
+    kind, text = content["kind"], content["text"]
+    check.that(kind in ("json", "regex", "lark"), "grammar", kind)
+    check.that(isinstance(text, str) and len(text) <= _MOST_GRAMMAR_CHARS, "grammar", text)
+    return Grammar(kind, text)
 
 
 def _sampling(content: dict[str, Any], check: _Check) -> Sampling:

@@ -318,3 +318,29 @@ def test_what_is_pasted_into_a_terminal_is_one_message(chat_folder: Path, tmp_pa
     from griffin.state_file import load_metadata
 
     assert '"content": "one\\ntwo\\n/three"' in load_metadata(tmp_path / "talk")["conversation"]
+
+
+def test_what_waited_for_a_stop_string_is_shown_where_the_answer_is_stopped(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    import json
+
+    from griffin.state_file import load_metadata
+
+    whole, _ = say(chat_folder, "hello")
+    stop = whole[4:7] + "never"  # its beginning is held back from the fifth character on
+    show, shown = options.show, list[str]()
+
+    def show_and_interrupt(text: str) -> None:
+        show(text)
+        shown.append(text)
+        if len("".join(shown)) == 4 and text == "":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(options, "show", show_and_interrupt)
+    out, notes = say(chat_folder, "hello", f"/save {tmp_path / 'talk'}", more=["--stop", stop])
+    assert "stopped\n" in notes
+    content = json.loads(load_metadata(tmp_path / "talk")["conversation"])["messages"][-1]["content"]
+    assert out == f"{content}\n"
+    assert len(content) > 4
+    assert whole.startswith(content)

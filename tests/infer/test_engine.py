@@ -273,6 +273,22 @@ def test_global_attention_grows_while_rows_come_and_go(
         assert handle.completion().tokens == alone(model, tokenizer, each).tokens
 
 
+def test_a_long_prompt_that_joins_moves_global_attention(
+    make_lively: Callable[..., Griffin], tokenizer: Tokenizer
+) -> None:
+    """The state grows for it, elsewhere: the step that was recorded for one row must not go on where it lay."""
+    model = make_lively(window=None)
+    engine = Engine(model, tokenizer, slots=2)
+    asked = [request("ab", 60), request(TEXT * 3, 3)]
+    first = engine.submit(asked[0])
+    for _ in range(5):
+        engine.turn()
+    second = engine.submit(asked[1])
+    finish(engine)
+    for each, handle in zip(asked, (first, second), strict=True):
+        assert handle.completion().tokens == alone(model, tokenizer, each).tokens
+
+
 class Kept:
     """Snapshots as simple as can be: everything, for ever."""
 

@@ -23,6 +23,7 @@ from griffin import Griffin, GriffinError, Tokenizer, state_file
 from griffin.infer.answered import Answered
 from griffin.infer.batch import Held
 from griffin.infer.engine import Engine
+from griffin.infer.grammar import Grammar
 from griffin.infer.handle import Handle
 from griffin.infer.request import Completion, Request, Sampling
 from griffin.infer.sessions import Changed, Full, NoSession, Session, Sessions
@@ -128,6 +129,7 @@ CUTS: dict[str, dict[str, Any]] = {
         "min_tokens": 12,
         "stop_ids": frozenset(range(60, 90)),
     },
+    "grammar": {"sampling": Sampling(temperature=1.2, seed=4), "grammar": Grammar.regex("([a-f]{3},|[0-9]+;){30}")},
 }
 
 
@@ -170,6 +172,27 @@ def test_a_cut_answer_goes_on_as_if_it_had_not_been(model: Griffin, tmp_path: Pa
         assert whole.state is not None
         for name, tensor in whole.state.tensors().items():
             assert torch.allclose(done.state.tensors()[name], tensor, atol=1e-4), name
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_an_answer_that_was_guessed_ahead_goes_on_too(model: Griffin, temperature: float) -> None:
+    """The state may then lack several of its tokens."""
+    plain, guessing = Engine(model, TOKENIZER, slots=1), Engine(model, TOKENIZER, slots=1, speculate=True)
+    sampling = Sampling(temperature=temperature, top_k=2, seed=1)
+    request = Request(prompt=5 * text(8), max_tokens=40, stop=("\0\1",), sampling=sampling)
+    whole, lacks = finish(plain, plain.submit(request)), set()
+    for least in range(1, 30, 3):
+        handle = guessing.submit(request)
+        while len(handle.rows[0].tokens) < least:
+            guessing.turn()
+        guessing.cancel(handle)
+        finish(guessing, handle)
+        answered = Answered.of(handle)
+        assert answered is not None
+        lacks.add(len(answered.unread))
+        done = finish(guessing, guessing.submit(answered.request, state=answered))
+        assert (done.tokens, done.text) == (whole.tokens, whole.text)
+    assert max(lacks) > 1
 
 
 def again_pieces(engine: Engine, handle: Handle) -> list[Any]:
@@ -328,7 +351,7 @@ def test_sizes_do_not_grow_with_what_was_read(model: Griffin, tmp_path: Path) ->
 
 @pytest.fixture
 def cut_session(model: Griffin) -> Session:
-    """With everything a session may have."""
+    """With everything a session may have, but a grammar."""
     engine = Engine(model, TOKENIZER, slots=1)
     sampling = Sampling(temperature=1.3, top_k=50, seed=5, logit_bias={70: 3.0, 71: -float("inf")})
     request = Request(
@@ -412,6 +435,8 @@ def test_a_fuzzer_finds_nothing(model: Griffin, cut_session: Session, tmp_path: 
         *({"sampling.temperature": "1"}, {"sampling.top_k": 1.5}, {"sampling.top_k": 0}, {"sampling.seed": -1}),
         *({"sampling.top_p": float("inf")}, {"sampling.logit_bias": {"x": 1}}, {"sampling.logit_bias": {"259": 1}}),
         *({"sampling.logit_bias": {"7": float("inf")}}, {"sampling.logit_bias": {"7": "a"}}, {"sampling.more": 1}),
+        *({"request.grammar": "x"}, {"request.grammar": {"kind": "xml", "text": ""}}),
+        *({"request.grammar": {"kind": [], "text": ""}}, {"request.grammar": {"kind": "json", "text": 5}}),
         *({"sampling.logit_bias": {"9" * 5000: 1}}, {"sampling.logit_bias": {"²": 1}}),
     ],
 )
