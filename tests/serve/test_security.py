@@ -327,6 +327,7 @@ def test_cve_2025_62426_and_62164_no_template_kwargs_no_embeddings(served: Serve
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unknown_parameter", field)
 
 
+@pytest.mark.slow
 def test_a_template_that_does_not_end_ends(folder: Path) -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with running(Settings(model=str(folder), slots=1, chat_template=loop)) as served:

@@ -203,6 +203,7 @@ def test_what_does_not_end_in_time_is_cut_short_and_answered(folder: Path) -> No
         assert got[0][1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_is_said_and_seen(folder: Path) -> None:
     with running(Settings(model=str(folder), slots=2)) as served:
 
@@ -251,6 +252,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(impatient: Served) -> None:
     assert b" 408 " in got.partition(b"\r\n")[0]
 
 
+@pytest.mark.slow
 def test_a_reader_who_does_not_read_is_cut_off(impatient: Served) -> None:
     body = json.dumps({**LONG, "stream": True, "logprobs": 20}).encode()
     with socket.socket() as connection:

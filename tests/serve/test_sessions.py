@@ -258,6 +258,7 @@ def test_cve_2025_46570_what_one_tenant_sent_is_not_seen_by_another(kept: Served
     assert cached(OTHER) == again
 
 
+@pytest.mark.slow
 def test_a_cut_answer_is_taken_up_by_another_process_with_the_same_tokens(folder: Path, tmp_path: Path) -> None:
     """SIGTERM in mid-answer: the session is saved, and another server goes on with it."""
     settings = Settings(model=str(folder), slots=2, state_folder=tmp_path, shutdown_s=0.1)
