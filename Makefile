@@ -1,4 +1,5 @@
 # make demo   train a small Griffin on Shakespeare and see it write: a few minutes on two CPU cores
+# make serve  OpenAI's API and a chat page for the demo's model
 # make test   the tests that are quick;  make slow: the others;  make lint: style, types, layers
 
 PYTHON ?= python3
@@ -6,16 +7,21 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # pip keeps no record of what it was asked for: a stamp per set of packages says when it was last done.
 DEMO := .venv/.installed-train
+SERVE := .venv/.installed-serve
 DEV := .venv/.installed-dev
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test slow lint
+.PHONY: demo serve test slow lint
 
 # A finished or interrupted demo is not overwritten: the next one gets a folder of its own.
 demo: $(DEMO)
 	@run=runs/shakespeare; number=1; \
 	while [ -e $$run ]; do number=$$((number + 1)); run=runs/shakespeare-$$number; done; \
 	$(BIN)/griffin train recipes/shakespeare.py --run $$run
+
+serve: $(SERVE)
+	@test -e runs/shakespeare/model || { echo "make demo trains the model first"; exit 2; }
+	$(BIN)/griffin serve runs/shakespeare/model
 
 test: $(DEV)
 	$(BIN)/pytest -n 2 -m "not slow"
@@ -37,9 +43,13 @@ $(DEMO): $(INPUTS) | $(BIN)/pip
 	$(INSTALL) -e ".[train]"
 	@touch $@
 
+$(SERVE): $(INPUTS) | $(BIN)/pip
+	$(INSTALL) -e ".[serve]"
+	@touch $@
+
 $(DEV): $(INPUTS) | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
-	@touch $@ $(DEMO)
+	@touch $@ $(DEMO) $(SERVE)
 
 # The Gemma tokenizer for the tests that compare with it; not part of the project.
 .cache/gemma.model: | $(BIN)/pip

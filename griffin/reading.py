@@ -34,20 +34,21 @@ def read_json(file: str | Path, *, mend: str = ANOTHER_COPY) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, where: str, *, mend: str = ANOTHER_COPY) -> Any:
+def parse_json(text: str, where: str, *, mend: str = ANOTHER_COPY, constants: bool = True) -> Any:
     """Parse a JSON text: a line of a file, or a string within another file's metadata.
 
     Args:
         text: the text.
         where: the file, and place in it, for messages.
         mend: as for `read_json`.
+        constants: whether NaN and Infinity, which are no JSON but in Python's, are numbers.
 
     Raises:
         GriffinError: it is not JSON, is nested more than 100 deep, has a number of more than 4,300 digits, half a
             surrogate pair, or an object that gives one key two values.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=None if constants else _no_constant)
     except RecursionError:
         raise _too_deep(where, mend) from None
     except ValueError as error:  # JSONDecodeError, an integer of too many digits, or a key given twice
@@ -133,6 +134,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if made[key] != value:
                 raise ValueError(f"the key {key!r} has two values")
     return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _inside(value: Any) -> Any:

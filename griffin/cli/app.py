@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("griffin.cli.train:train", "Train or fine-tune a model."),
     "generate": ("griffin.cli.generate:generate", "Continue prompts."),
     "chat": ("griffin.cli.chat:chat", "Talk to a model in the terminal."),
+    "serve": ("griffin.cli.serve:serve", "Serve a model: OpenAI's API and a chat page."),
     "info": ("griffin.cli.info:info", "Show a model's sizes, its memory and its kernels."),
     "convert": ("griffin.cli.convert:convert", "Turn Google's checkpoints into a model folder."),
     "quantize": ("griffin.cli.quantize:quantize", "Write a model in 8 or 4 bits per weight."),

@@ -101,7 +101,8 @@ def what_next(config: TrainConfig, result: Result) -> str:
         f"the model is in {result.model_folder}; next:\n"
         f"  {name} generate {folder} {prompt}\n"
         f"  {name} chat {folder}\n"
-        f"  {name} train your-own.txt"
+        f"  {name} train your-own.txt\n"
+        f"  {name} serve {folder}"
     )
 
 

@@ -374,6 +374,7 @@ class Engine:
                 count, state = found
                 tokens = tokens[count:]
                 self._counts["tokens_from_snapshots"] += count
+                handle.from_snapshots = count
         if isinstance(state, Answered):
             tokens, state = state.unread, state.state
         elif isinstance(state, Held):

@@ -31,6 +31,7 @@ class Handle:
         self.ends_at = None if deadline is None else time.monotonic() + deadline
         self.rows: tuple[Row, ...] = ()  # the engine's
         self.cancelled = False  # asked for: the engine sees to it
+        self.from_snapshots = 0  # tokens of the prompt that were not read again
         self.resumes = False  # whether it goes on from a state that the caller gave
         self._pieces: deque[Piece] = deque()
         self._listeners: list[Callable[[Piece], None]] = []

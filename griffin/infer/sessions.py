@@ -289,8 +289,20 @@ class Sessions:
         return session
 
     def _check(self, name: str, tenant: str) -> None:
+        if name not in self._owners and self._folder is not None and _NAME.fullmatch(name):
+            self._adopt(name)
         if self._owners.get(name) != tenant or not _NAME.fullmatch(name):
             raise NoSession(f"there is no session {name!r:.60}")
+
+    def _adopt(self, name: str) -> None:
+        """Take up what another process of this model has saved in the same folder since this one began."""
+        file = self._place(name)
+        if file.is_file() and len(self._owners) < self.most:
+            try:
+                self._owners[name] = session_file.peek_tenant(file)
+                self._on_disk.add(name)
+            except (GriffinError, OSError) as error:
+                self._say(one_line(error))
 
     def _place(self, name: str) -> Path:
         assert self._folder is not None

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -97,6 +98,16 @@ class Tokenizer:
         """The template's source."""
         return None if self._chat is None else self._chat.source
 
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """Give a tokenizer that is this one with another template.
+
+        Raises:
+            GriffinError: the template is longer than any is.
+        """
+        twin = copy(self)
+        twin._chat = ChatTemplate(source, {name: token for name, token in self._names.items() if token is not None})
+        return twin
+
     @cached_property
     def vocab_size(self) -> int:
         """The number of ids, added tokens included: the largest id + 1."""
@@ -161,6 +172,11 @@ class Tokenizer:
             specials = {index: text.encode() for index, text in self._specials.items()}
             data = b"".join(specials.get(index) or get(index, b"") for index in map(int, ids))
         return (data.removeprefix(b" ") if self._strip else data).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes an id stands for in the middle of a text; of a special token, those of its name."""
+        special = self._specials.get(token)
+        return self._text.get(token, b"") if special is None else special.encode()
 
     def stream(self) -> TextStream:
         """Start decoding ids one by one, special tokens skipped."""
