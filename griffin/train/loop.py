@@ -27,6 +27,7 @@ from griffin.train.config import TrainConfig
 from griffin.train.display import Display, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
+from griffin.train.objective import LanguageModel
 from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
 from griffin.train.parallel import prepare_blocks
 from griffin.train.snapshot import (
@@ -166,6 +167,7 @@ class _Run:
             batch_rows=config.batch_rows,
             device=self.device,
         )
+        self.objective = LanguageModel()
         self.progress = Progress()
         self.display = Display(console, config.steps)
         self.width, self.encoding = console.width, console.encoding
@@ -234,13 +236,13 @@ class _Run:
             ).to(self.device)
             for part in range(config.grad_accumulation)
         ]
-        result = take_step(self.model, self.optimizer, batches, config.grad_clip)
+        result = take_step(self.model, self.objective, self.optimizer, batches, config.grad_clip)
         self._count(result)
         progress.seconds += (seconds := time.perf_counter() - began)
         if result.taken:
             rate_of_tokens = result.num_tokens / seconds
             self.display.step(
-                progress.step, result.nats / max(1, result.num_tokens), rate_of_tokens, self._mfu(rate_of_tokens)
+                progress.step, result.loss / max(1, result.count), rate_of_tokens, self._mfu(rate_of_tokens)
             )
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             self._log(rate, result, seconds)
@@ -259,16 +261,16 @@ class _Run:
         if result.taken:
             progress.optimizer_steps += 1
             progress.tokens += result.num_tokens
-            progress.logged_nats += result.nats
-            progress.logged_tokens += result.num_tokens
+            progress.logged_nats += result.loss
+            progress.logged_tokens += result.count
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
-        if not result.num_tokens:
+        if not result.count:
             self.display.say(f"step {progress.step} skipped: its rows have no token to predict")
             return
         progress.skipped_in_a_row += 1
-        self.display.say(f"step {progress.step} skipped: loss {result.nats}, gradient norm {result.grad_norm}")
+        self.display.say(f"step {progress.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             raise GriffinError(
                 f"{MOST_SKIPPED} steps in a row had a loss or gradient that is not finite, up to step {progress.step}: "
