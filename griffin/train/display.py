@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from griffin.data.text import Report
+from griffin.data.sources import Report
 from griffin.errors import printable
 
 PATIENCE_S = 2.0  # what takes longer shows how far it is
