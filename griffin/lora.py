@@ -191,6 +191,28 @@ def off(model: Griffin) -> Iterator[None]:
             each.on = was
 
 
+@contextmanager
+def settled(model: Griffin) -> Iterator[None]:
+    """Let s stand in B for a while: a decode step over linears is then kernels alone, which are recorded."""
+    modules = [each for each in model.modules() if isinstance(each, LoRALinear)]
+    before = [(each.lora_b.detach().clone(), each.lora) for each in modules]
+    for each in modules:
+        _settle(each)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, (b, how) in zip(modules, before, strict=True):
+                each.lora_b.copy_(b)
+                each.lora = how
+
+
+@torch.no_grad()
+def _settle(module: LoRALinear) -> None:
+    module.lora_b.mul_(module.lora.scale)
+    module.lora = dataclasses.replace(module.lora, alpha=float(module.lora.rank), rslora=False)
+
+
 @torch.no_grad()
 def merge(model: Griffin, *, keep_quantized: bool = False) -> Griffin:
     """Add what adapters add into the weights, in place: W + s B A in fp32 (fp64 for fp64), rounded once to W's dtype.
@@ -220,11 +242,10 @@ def merge(model: Griffin, *, keep_quantized: bool = False) -> Griffin:
         return module.base
 
     replace(model, merged, [name for name in names if name not in over_quantized])
-    for name in over_quantized:  # s goes into B: a decode step is then kernels alone, which are recorded
+    for name in over_quantized:
         module = model.get_submodule(name)
         assert isinstance(module, LoRALinear)
-        module.lora_b.mul_(module.lora.scale)
-        module.lora = dataclasses.replace(module.lora, alpha=float(module.lora.rank), rslora=False)
+        _settle(module)
     for gate in [each for each in model.modules() if isinstance(each, RGLRU)]:
         for name in GATES:
             if parametrize.is_parametrized(gate, name):

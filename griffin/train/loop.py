@@ -102,10 +102,7 @@ def train(
             needs more than this machine has; or MOST_SKIPPED steps in a row had a loss or gradient that is not finite.
     """
     run = Path(run)
-    if not resume and (newest := latest(run)) is not None:
-        raise GriffinError(
-            f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
-        )
+    check_new(run, resume)
     checkpoint.check_place(run / "model", overwrite=True)  # where it will be written; after training is too late to ask
     newest, damaged = newest_whole(run, needed_files(config))
     if config.tensorboard:
@@ -160,6 +157,14 @@ def train(
         if len(bad) > MOST_SHOWN:
             console.print(f"left out: {len(bad) - MOST_SHOWN} more, named in {run / 'data' / MANIFEST}", markup=False)
         return _Run(config, run, data, console, sampler, newest, before).go()
+
+
+def check_new(run: Path, resume: bool) -> None:
+    """Raise GriffinError if a folder has a run, and that is not to be gone on with."""
+    if not resume and (newest := latest(run)) is not None:
+        raise GriffinError(
+            f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
+        )
 
 
 class _Run:

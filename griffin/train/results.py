@@ -13,6 +13,7 @@ from griffin.errors import GriffinError
 from griffin.files import whole_folder
 from griffin.model import Griffin
 from griffin.reading import read_json
+from griffin.state_file import CHAT_TEMPLATE
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.start import Start
@@ -67,7 +68,8 @@ def write_results(
     """
     if start is not None:
         file = run / STATE
-        start.state().save(file, model)
+        metadata = {} if tokenizer.chat_template is None else {CHAT_TEMPLATE: tokenizer.chat_template}
+        start.state().save(file, model, metadata=metadata)
         return Written(state=file)
     folder = run / MODEL
     if config.lora is None:

@@ -21,12 +21,14 @@ class Start(nn.Module):
         tokens: what the state has read to begin with; the window holds them all.
 
     Raises:
-        GriffinError: there are no tokens, or more than the window holds.
+        GriffinError: there are no tokens, or more than the window holds; or attention is global, with a state that grows.
     """
 
     def __init__(self, model: Griffin, tokens: Sequence[int]) -> None:
         super().__init__()
         window = model.config.window
+        if window is None and "attention" in model.config.block_types:
+            raise GriffinError("the state of global attention grows with the text and is not tuned; use lora")
         if not tokens or (window is not None and len(tokens) > window):
             raise GriffinError(f"a state of {len(tokens)} tokens is tuned; give 1 .. {window}, what the window holds")
         self.model, self.num_tokens = (model,), len(tokens)  # in a tuple: it is no part of this module
