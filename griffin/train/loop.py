@@ -144,6 +144,7 @@ def train(
                 f"the run's rate fell from step {before.step} on, up to step {back}: a longer one goes on from step "
                 f"{before.step}, so that the rate does not jump",
                 markup=False,
+                soft_wrap=True,
             )
         for folder, why in damaged.items():
             console.print(f"{why}: going on from the one before ({set_aside(folder)} is what it was)", markup=False)

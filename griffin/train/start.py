@@ -21,7 +21,7 @@ class Start(nn.Module):
         tokens: what the state has read to begin with; the window holds them all.
 
     Raises:
-        GriffinError: there are no tokens, or more than the window holds; or attention is global, with a state that grows.
+        GriffinError: there are no tokens, or more than the window holds; or attention is global: its state grows.
     """
 
     def __init__(self, model: Griffin, tokens: Sequence[int]) -> None:

@@ -155,32 +155,45 @@ def test_a_template_that_rewrites_messages_is_refused(tokenizer: Tokenizer) -> N
     assert "does not write each message once, in order and unchanged" in bad[0].reason
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+ROWS = [{"prompt": f"number {index}", "completion": f"é {index}"} for index in range(700)]
+
+
+def check_rows(path: Path) -> None:
+    files, wanted = row_files(path), [(index + 1, row) for index, row in enumerate(ROWS)]
+    for after in (0, 1, 300, 699, 700):
+        found = [
+            (row.number, json.loads(row.content) if isinstance(row.content, bytes) else row.content)
+            for row in read_rows(files, after=(0, after))
+        ]
+        assert found == wanted[after:], path
+
+
+def test_parquet_and_datasets_give_the_same_rows(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="the extra `data` is not installed")
-    zstandard = pytest.importorskip("zstandard", reason="the extra `data` is not installed")
-    rows = [{"prompt": f"number {index}", "completion": f"é {index}"} for index in range(700)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    table = datasets.Dataset.from_list(ROWS)
+    parquet.write_table(table.data.table, tmp_path / "e.parquet")
+    table.save_to_disk(tmp_path / "f")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "g")
+    for name in ("e.parquet", "f", "g"):
+        check_rows(tmp_path / name)
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 not PAR1")
+    with pytest.raises(GriffinError, match=r"e\.parquet: not a whole parquet file"):
+        list(read_rows(row_files(tmp_path / "e.parquet")))
+
+
+def test_every_compression_gives_the_same_rows(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(lines))
     (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(lines))
-    table = datasets.Dataset.from_list(rows)
-    parquet.write_table(table.data.table, tmp_path / "e.parquet")
-    table.save_to_disk(tmp_path / "f")
-    wanted = [(index + 1, row) for index, row in enumerate(rows)]
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.zst", "e.parquet", "f"):
-        files = row_files(tmp_path / name)
-        for after in (0, 1, 300, 699, 700):
-            found = [
-                (row.number, json.loads(row.content) if isinstance(row.content, bytes) else row.content)
-                for row in read_rows(files, after=(0, after))
-            ]
-            assert found == wanted[after:], name
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.zst"):
+        check_rows(tmp_path / name)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
     (tmp_path / "d.jsonl.zst").write_bytes(b"\0" + zstandard.compress(lines))
-    (tmp_path / "e.parquet").write_bytes(b"PAR1 not PAR1")
-    for name in ("b.jsonl.gz", "d.jsonl.zst", "e.parquet"):
+    for name in ("b.jsonl.gz", "d.jsonl.zst"):
         with pytest.raises(GriffinError, match=f"{name}: not a whole .* file"):
             list(read_rows(row_files(tmp_path / name)))
 
