@@ -87,7 +87,8 @@ class _CrossEntropy(torch.autograd.Function):
         weight = embedding.to(narrow)
         with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if with_gradient else None
-        d_weight = torch.zeros_like(embedding, dtype=wide) if with_gradient else None
+        # Of a frozen embedding it would be as large as that, and a product of the size of the logits'.
+        d_weight = torch.zeros_like(embedding, dtype=wide) if ctx.needs_input_grad[1] else None
         across = products.transposed(weight) if with_gradient else None
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -96,12 +97,13 @@ class _CrossEntropy(torch.autograd.Function):
             logits = products.product(h, weight)
             row_nats, d_logits = ops.cross_entropy(logits, targets[span], cap, narrow if with_gradient else None)
             nats += row_nats.sum()
-            if d_hidden is None or d_weight is None or d_logits is None or across is None:
+            if d_hidden is None or d_logits is None or across is None:
                 continue
             d_hidden[span] = products.product(d_logits, across)
-            products.add_product_(d_weight, products.transposed(d_logits), products.transposed(h))
-        if d_hidden is not None and d_weight is not None:
-            ctx.save_for_backward(d_hidden, d_weight.to(embedding.dtype))
+            if d_weight is not None:
+                products.add_product_(d_weight, products.transposed(d_logits), products.transposed(h))
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(embedding.dtype))
         return nats
 
     @staticmethod
@@ -111,4 +113,4 @@ class _CrossEntropy(torch.autograd.Function):
             # the incoming gradient has one, and a loss stands last.
             raise RuntimeError("cross_entropy has no second derivative: take its gradient without create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0], d_weight * grads[0], None, None, None
+        return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], None, None, None

@@ -20,6 +20,7 @@ from griffin.reading import MOST_TEXT_BYTES, open_tensors, parse_json
 from griffin.state import Model, State, check_origin, from_int8, to_int8
 
 FORMAT = "griffin-state-2"
+CHAT_TEMPLATE = "chat_template"  # metadata of a state to begin in: what it was trained with
 _FIELDS = {"format", "fingerprint", "longest", "sha256"}
 _INT8 = {"window": "int8"}  # one field more, where keys and values are q and e of `griffin.state.to_int8`
 _EXPONENT, _MORE = ".exponent", "more."

@@ -13,6 +13,7 @@ from griffin.errors import GriffinError
 from griffin.infer.generate import Run, start
 from griffin.infer.request import Piece
 from griffin.reading import parse_json
+from griffin.state import State, check_origin
 from griffin.state_file import load_both
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ class Conversation:
     Args:
         model: the model.
         tokenizer: its tokenizer.
+        start: the state of one row that it begins in, tuned or saved; it is copied. None: nothing has been read.
     """
 
-    def __init__(self, model: Griffin, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.state = model.new_state(1)
+    def __init__(self, model: Griffin, tokenizer: Tokenizer, start: State | None = None) -> None:
+        self.model, self.tokenizer, self.start = model, tokenizer, start
+        if start is not None:
+            check_origin(start, model)
+            if start.batch_size != 1:
+                raise GriffinError(f"a conversation begins in a state of one row, not {start.batch_size}; use rows()")
+        self.state = model.new_state(1) if start is None else start.clone()
         self.messages: list[dict[str, str]] = []  # {"role": "user", "assistant" or "system", "content": ...}
         # What has been said and not been read, the first of the next turn: the end of an answer that was cut short, or
         # all that was said before, where it is to be read again. An answer that ended by itself leaves nothing: its
@@ -81,7 +87,7 @@ class Conversation:
         if self.has_template:
             turn = self.tokenizer.encode_chat_turn([*self.messages, message])
         else:
-            begin = () if self.tokens_read or self.unread else self.tokenizer.begin_ids
+            begin = self.tokenizer.begin_ids if not self.messages and not self.unread else ()
             turn = [*begin, *self.tokenizer.encode(text, bos=False)]  # it is to go on, so no EOS
         if not (prompt := [*self.unread, *turn]):
             raise GriffinError("the text is empty and the last answer is complete; say something")
@@ -152,12 +158,13 @@ class Conversation:
         else:
             text = "".join(message["content"] for message in messages)
             unread = [*self.tokenizer.begin_ids, *self.tokenizer.encode(text, bos=False)]
-        self.state, self.messages, self.unread = self.model.new_state(1), messages, unread
+        self.state = self.model.new_state(1) if self.start is None else self.start.clone()
+        self.messages, self.unread = messages, unread
         self._past.clear()
 
     def fork(self) -> Conversation:
         """Copy it: the two go on independently."""
-        twin = Conversation(self.model, self.tokenizer)
+        twin = Conversation(self.model, self.tokenizer, self.start)
         twin.state, twin.messages, twin.unread = self.state.clone(), [*self.messages], [*self.unread]
         twin._past.extend(self._past)
         return twin
@@ -176,8 +183,8 @@ class Conversation:
         self.state.save(path, self.model, metadata={METADATA: json.dumps(content)})
 
     @classmethod
-    def load(cls, path: str | Path, model: Griffin, tokenizer: Tokenizer) -> Conversation:
-        """Go on with what `save` wrote. Nothing is read again.
+    def load(cls, path: str | Path, model: Griffin, tokenizer: Tokenizer, start: State | None = None) -> Conversation:
+        """Go on with what `save` wrote. Nothing is read again; `start` is where a new one would begin.
 
         Raises:
             GriffinError: the file is missing, damaged, not a conversation, or belongs to another model or tokenizer.
@@ -191,7 +198,7 @@ class Conversation:
                 f"{path} was saved with another tokenizer (fingerprint {content['tokenizer']:.12}, this one is "
                 f"{tokenizer.fingerprint()[:12]}); load it with the one it was made by"
             )
-        conversation = cls(model, tokenizer)
+        conversation = cls(model, tokenizer, start)
         conversation.state = state
         conversation.messages, conversation.unread = content["messages"], content["unread"]
         return conversation
