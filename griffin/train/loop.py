@@ -13,15 +13,12 @@ from rich.console import Console
 
 from griffin import checkpoint
 from griffin.config import GriffinConfig
-from griffin.data.order import step_rows
-from griffin.data.packing import count_rows, pack
-from griffin.data.prepare import Data, prepare
+from griffin.data.prepare import prepare
 from griffin.errors import GriffinError, is_panic, one_line
 from griffin.files import whole_file
 from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
-from griffin.score import Validation
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
 from griffin.train.display import Display, going_on, reporting
@@ -40,6 +37,7 @@ from griffin.train.snapshot import (
     save_snapshot,
     set_aside,
 )
+from griffin.train.source import BITS_PER_BYTE, LOSS, Source, TextSource
 from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
 
@@ -67,6 +65,7 @@ def train(
     run: str | Path,
     *,
     resume: bool = False,
+    source: Source | None = None,
     sampler: Sampler | None = None,
     console: Console | None = None,
 ) -> Result:
@@ -80,6 +79,8 @@ def train(
         config: what to train on what.
         run: the run's folder; it is made.
         resume: go on from the newest checkpoint; from the beginning where there is none yet.
+        source: of the batches, on config.device; None: the text of config.train_data. Another source is all that is
+            read then: train_data is its name, and no more.
         sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown. An
             error of it is shown too, and the run goes on.
         console: where to show things; None is the terminal. That it can be shown is not needed: the reader may leave.
@@ -120,16 +121,19 @@ def train(
             console.print(f"{why}: going on from the one before ({set_aside(folder)} is what it was)", markup=False)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        with reporting(console) as report:
-            data = prepare(
-                config.train_data,
-                run / "data",
-                tokenizer=config.tokenizer or str(start),
-                validation=config.validation_data,
-                expected=None if before is None else before.data,
-                report=report,
-            )
-        return _Run(config, run, data, console, sampler, newest, before).go()
+        if source is None:
+            assert config.model is not None
+            with reporting(console) as report:
+                data = prepare(
+                    config.train_data,
+                    run / "data",
+                    tokenizer=config.tokenizer or str(start),
+                    validation=config.validation_data,
+                    expected=None if before is None else before.data,
+                    report=report,
+                )
+            source = TextSource(config, config.model, data, torch.device(device))
+        return _Run(config, run, source, console, sampler, newest, before).go()
 
 
 class _Run:
@@ -139,17 +143,15 @@ class _Run:
         self,
         config: TrainConfig,
         run: Path,
-        data: Data,
+        source: Source,
         console: Console,
         sampler: Sampler | None,
         newest: Path | None,
         before: Before | None,
     ) -> None:
         assert config.model is not None
-        self.config, self.run, self.data, self.sampler = config, run, data, sampler
+        self.config, self.run, self.source, self.sampler = config, run, source, sampler
         self.device = torch.device(find_device(config.device))
-        _check_data(config, config.model, data)
-        self.num_rows = count_rows(data.train, config.row_tokens)
         self.newest, self.before = newest, before
         if self.device.type == "cpu":
             keep_freed_memory() if config.recompute == "none" else return_freed_memory()
@@ -158,14 +160,6 @@ class _Run:
         self.optimizer = make_optimizer(self.model.named_parameters(), config)
         self.peak_flops = config.peak_flops or peak_flops(self.device)
         self.flops_per_token = flops_per_token(config.model, config.row_tokens)
-        self.validation = Validation.of(
-            data.validation,
-            data.tokenizer,
-            num_rows=config.validation_rows,
-            row_tokens=config.row_tokens,
-            batch_rows=config.batch_rows,
-            device=self.device,
-        )
         self.progress = Progress()
         self.display = Display(console, config.steps)
         self.width, self.encoding = console.width, console.encoding
@@ -174,7 +168,9 @@ class _Run:
     def go(self) -> Result:
         config, progress, newest = self.config, self.progress, self.newest
         if newest is not None:
-            self.progress, changes = load_snapshot(newest, config, self.data.fingerprint(), self.model, self.optimizer)
+            self.progress, changes = load_snapshot(
+                newest, config, self.source.fingerprint(), self.model, self.optimizer
+            )
             progress = self.progress
             self.display.say(f"going on from step {progress.step} ({newest})")
             for change in (*changes, *self._changes()):
@@ -210,13 +206,10 @@ class _Run:
         return [*texts[:-1], f"{texts[-1]}; the learning rate goes on from {then:.3g} with {rate:.3g}"]
 
     def _begin(self) -> None:
-        config, meta = self.config, self.data.train.meta
-        epochs = config.steps * config.grad_accumulation * config.batch_rows / self.num_rows
         self.display.say(
             f"model      {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters, "
             f"{self.model.config.num_layers} layers\n"
-            f"data       {meta.num_bytes / 1e6:.2f} MB of text, {meta.num_tokens:,} tokens "
-            f"({meta.num_bytes / meta.num_tokens:.2f} bytes each), seen {epochs:.2f} times"
+            f"data       {self.source.describe()}"
         )
         self._sample("before training")
         self._validate()
@@ -225,16 +218,7 @@ class _Run:
         config, progress = self.config, self.progress
         began = time.perf_counter()
         set_learning_rate(self.optimizer, rate := learning_rate(progress.step, config))
-        first = progress.step * config.grad_accumulation
-        batches = [
-            pack(
-                self.data.train,
-                step_rows(self.num_rows, config.batch_rows, first + part, seed=config.seed),
-                config.row_tokens,
-            ).to(self.device)
-            for part in range(config.grad_accumulation)
-        ]
-        result = take_step(self.model, self.optimizer, batches, config.grad_clip)
+        result = take_step(self.model, self.optimizer, self.source.batches(progress.step), config.grad_clip)
         self._count(result)
         progress.seconds += (seconds := time.perf_counter() - began)
         if result.taken:
@@ -294,18 +278,24 @@ class _Run:
         progress.logged_nats, progress.logged_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        loss, self.bits_per_byte = self.validation.measure(self.model)
+        measured = self.source.measure(self.model)
+        self.bits_per_byte = measured.get(BITS_PER_BYTE)
         step = self.progress.step
-        self.metrics.write({"step": step, "validation_loss": loss, "validation_bits_per_byte": self.bits_per_byte})
+        self.metrics.write({"step": step, **measured})
         rate = self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
         speed = f"  {rate:,.0f} tokens/s" if rate else ""
-        self.display.say(f"step {step:6d}  validation {loss:.3f} nats/token  {self.bits_per_byte:.3f} bits/byte{speed}")
+        others = "".join(
+            f"  {value:.3f} {'bits/byte' if name == BITS_PER_BYTE else name}"
+            for name, value in measured.items()
+            if name != LOSS
+        )
+        self.display.say(f"step {step:6d}  validation {measured[LOSS]:.3f} nats/token{others}{speed}")
 
     def _sample(self, when: str) -> None:
-        if self.sampler is None:
+        if self.sampler is None or self.source.tokenizer is None:
             return
         try:
-            text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt)
+            text = self.sampler(self.model, self.source.tokenizer, self.config.sample_prompt)
         except BaseException as error:  # whatever it is: a sample is only shown
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
@@ -330,18 +320,18 @@ class _Run:
         return save_snapshot(
             self.run,
             self.config,
-            self.data.fingerprint(),
+            self.source.fingerprint(),
             self.model,
             self.optimizer,
             self.progress,
-            self.data.tokenizer,
+            self.source.tokenizer,
         )
 
     def _end(self, signal: int | None) -> Result:
         finished = self.progress.step >= self.config.steps
         folder = self.run / "model" if finished else None
         if folder is not None:
-            checkpoint.save(self.model, folder, self.data.tokenizer, overwrite=True)
+            checkpoint.save(self.model, folder, self.source.tokenizer, overwrite=True)
             self._sample("after training")
             self._curve()
         return Result(
@@ -362,18 +352,6 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
     loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
     loaded.activation_dtype = activations
     return loaded
-
-
-def _check_data(config: TrainConfig, model: GriffinConfig, data: Data) -> None:
-    if data.tokenizer.vocab_size > model.vocab_size:
-        raise GriffinError(
-            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model only model.vocab_size={model.vocab_size}"
-        )
-    if (num_tokens := data.train.meta.num_tokens) <= config.row_tokens:
-        raise GriffinError(
-            f"{config.train_data}: {num_tokens} tokens to train on are less than one row and its next token "
-            f"(row_tokens={config.row_tokens}); give more text, or set row_tokens lower"
-        )
 
 
 def _check_memory(config: TrainConfig, device: str) -> None:

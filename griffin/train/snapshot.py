@@ -60,7 +60,7 @@ def save_snapshot(
     model: Griffin,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
 ) -> Path:
     """Write the checkpoint of `progress.step`, whole or not at all, then remove all but the newest.
 

@@ -25,7 +25,7 @@ from griffin.checksums import write_sums
 from griffin.data.packing import count_rows, pack
 from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
-from griffin.train import loop
+from griffin.train import loop, source
 from griffin.train.config import TrainConfig
 from griffin.train.flops import flops_per_token
 from griffin.train.loop import Result, train
@@ -260,7 +260,7 @@ def test_a_run_reads_every_row_once_per_epoch(
         read.extend(rows)
         return pack(shard, rows, row_tokens)
 
-    monkeypatch.setattr(loop, "pack", recording_pack)
+    monkeypatch.setattr(source, "pack", recording_pack)
     run(config, tmp_path / "run", sampler=signals_on(2, signal.SIGINT))
     run(config, tmp_path / "run", resume=True)
     num_rows = count_rows(open_shard(tmp_path / "run" / "data" / "train"), config.row_tokens)
