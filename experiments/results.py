@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -24,14 +25,19 @@ def results_file(name: str, scale: str) -> Path:
     return FOLDER / name / f"results-{scale}.json"
 
 
-def read_results(file: Path) -> Results:
-    """The file's results; of no file, none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": {}}
+def read_results(file: Path, name: str, scale: str) -> Results:
+    """The file's results; of no file, no runs."""
+    if not file.exists():
+        return {"experiment": name, "scale": scale, "runs": {}}
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:
+    """Write a file that is easy on a diff: one line for each innermost object."""
+    text = json.dumps(results, indent=1, sort_keys=True)
+    short = re.sub(r"\{[^{}\[\]]*\}", lambda found: " ".join(found[0].split()), text)
     with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(short + "\n", encoding="utf-8")
 
 
 def provenance() -> dict[str, Any]:

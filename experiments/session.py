@@ -52,25 +52,28 @@ class Session:
     runs: Path  # checkpoints
     file: Path
     console: Console
+    data: Path | None = None  # texts, for those that read any
     results: Results = field(init=False)
+    origin: dict[str, Any] = field(default_factory=provenance)  # of the code as it was loaded
     total: int = 0  # runs expected, for "what is left"
     done: int = 0
 
     @classmethod
-    def open(cls, name: str, scale: Scale, num_seeds: int, runs: Path, console: Console, out: Path | None) -> Session:
+    def open(
+        cls, name: str, scale: Scale, num_seeds: int, runs: Path, console: Console, out: Path | None, data: Path | None
+    ) -> Session:
         file = results_file(name, scale) if out is None else out / f"results-{scale}.json"
-        return cls(name, scale, num_seeds, runs / name / scale, file, console)
+        return cls(name, scale, num_seeds, runs / name / scale, file, console, data)
 
     def __post_init__(self) -> None:
-        self.results = read_results(self.file)
-        self.results |= {"experiment": self.name, "scale": self.scale}
+        self.results = read_results(self.file, self.name, self.scale)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def record(self, key: str, entry: Mapping[str, Any]) -> None:
         """Put one run's results into the file, with where they come from."""
-        self.results["runs"][key] = {**entry, "from": provenance()}
+        self.results["runs"][key] = {**entry, "from": self.origin}
         self.results["command"] = f"griffin experiment {self.name} --scale {self.scale} --seeds {self.num_seeds}"
         write_results(self.file, self.results)
 
