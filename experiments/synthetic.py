@@ -80,9 +80,9 @@ def steps_to(history: Sequence[Line], accuracy: float, measure: str = "accuracy"
     return next((line["step"] for line in history if line.get(measure, 0.0) >= accuracy), None)
 
 
-def best_learning_rate(runs: Mapping[float, Line]) -> float:
-    """The sweep's choice: the highest accuracy at its end; of equal ones, the lowest loss."""
-    last = {rate: run["history"][-1] for rate, run in runs.items()}
+def best_learning_rate(runs: Mapping[float, Line], sweep_steps: int) -> float:
+    """The sweep's choice: the highest accuracy at its end, whatever came later; of equal ones, the lowest loss."""
+    last = {rate: [line for line in run["history"] if line["step"] <= sweep_steps][-1] for rate, run in runs.items()}
     return max(last, key=lambda rate: (last[rate]["accuracy"], -last[rate]["validation_loss"]))
 
 

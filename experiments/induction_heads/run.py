@@ -62,7 +62,7 @@ def run(session: Session) -> None:
     chosen = {}
     for family in FAMILIES:
         runs = {rate: session.train(_run(size, family, rate, 0, size.sweep_steps, "sweep ")) for rate in LEARNING_RATES}
-        chosen[family] = best_learning_rate(runs)
+        chosen[family] = best_learning_rate(runs, size.sweep_steps)
         session.say(f"{family}: learning rate {chosen[family]:g} of {LEARNING_RATES}")
     for seed in range(session.num_seeds):
         for family in FAMILIES:

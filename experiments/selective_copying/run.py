@@ -45,7 +45,7 @@ def run(session: Session) -> None:
     chosen = {}
     for family in FAMILIES:
         runs = {rate: session.train(_run(size, family, rate, 0, size.sweep_steps)) for rate in LEARNING_RATES}
-        chosen[family] = best_learning_rate(runs)
+        chosen[family] = best_learning_rate(runs, size.sweep_steps)
         session.say(f"{family}: learning rate {chosen[family]:g} of {LEARNING_RATES}")
     session.done, session.total = 0, len(FAMILIES) * session.num_seeds
     for seed in range(session.num_seeds):
@@ -104,13 +104,14 @@ def finals(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 def choice(results: Results, family: str) -> float | None:
     """The sweep's learning rate; None while the sweep lacks a run."""
-    limit = SIZES[results["scale"]].sweep_steps
     sweep = {
-        entry["learning_rate"]: {"history": [line for line in entry["history"] if line["step"] <= limit]}
+        entry["learning_rate"]: entry
         for entry in results["runs"].values()
         if entry["family"] == family and entry["seed"] == 0
     }
-    return best_learning_rate(sweep) if len(sweep) == len(LEARNING_RATES) else None
+    if len(sweep) < len(LEARNING_RATES):
+        return None
+    return best_learning_rate(sweep, SIZES[results["scale"]].sweep_steps)
 
 
 def verdict(results: Results) -> list[Claim]:

@@ -26,7 +26,9 @@ def experiment(
         Scale, typer.Option(help="smoke: a minute, shows nothing; cpu: hours of one core; gpu: an hour of a large GPU.")
     ] = Scale.cpu,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind. A verdict needs 3.")] = 3,
-    runs: Annotated[Path, typer.Option(help="Where checkpoints are kept, to go on from.")] = Path("runs/experiments"),
+    runs: Annotated[Path, typer.Option(help="Where checkpoints are kept, to go on from; with --out, there.")] = Path(
+        "runs/experiments"
+    ),
     out: Annotated[
         Path | None, typer.Option(help="Folder for results and plot. Default: the experiment's own, as committed.")
     ] = None,
@@ -66,4 +68,4 @@ def experiment(
     elif name is None:
         command.show(console)
     else:
-        command.run(name, scale.value, seeds, runs, out, data, console)
+        command.run(name, scale.value, seeds, runs if out is None else out / "runs", out, data, console)

@@ -65,7 +65,7 @@ class MQAR:
         return make_batch(tokens, targets)
 
     def _gaps(self, draws: np.random.Generator, rows: int) -> Ints:
-        """(rows, n) different gaps: the largest of log weight + Gumbel noise are draws without replacement by weight."""
+        """(rows, n) different gaps: the largest of log weight + Gumbel noise are drawn by weight, none twice."""
         space = (self.input_seq_len - 2 * self.num_kv_pairs) // 2
         log_weight = (self.power_a - 1) * np.log(np.arange(1, space + 1))
         ranked = np.argsort(-(log_weight + draws.gumbel(size=(rows, space))), axis=1)
