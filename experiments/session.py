@@ -77,6 +77,16 @@ class Session:
         self.results["command"] = f"griffin experiment {self.name} --scale {self.scale} --seeds {self.num_seeds}"
         write_results(self.file, self.results)
 
+    def once(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> Results:
+        """Measure, unless the results have it already; give the results' entry."""
+        self.done += 1
+        if key not in self.results["runs"]:
+            cpu = time.process_time()
+            entry = {**measure(), "cpu_seconds": round(time.process_time() - cpu, 1)}
+            self.record(key, entry)
+            self.say(f"[{self.done} of {self.total}] {key}: {entry['cpu_seconds']:.0f} CPU s")
+        return self.results["runs"][key]
+
     def train(self, run: Run, finish: Callable[[Path], Mapping[str, Any]] | None = None) -> Results:
         """Train, or go on, or take what is in the results already; give the results' entry.
 
