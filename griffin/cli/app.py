@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("griffin.cli.convert:convert", "Turn Google's checkpoints into a model folder."),
     "quantize": ("griffin.cli.quantize:quantize", "Write a model in 8 or 4 bits per weight."),
     "tokenizer": ("griffin.cli.tokenizer:app", "Make tokenizers."),
+    "eval": ("griffin.cli.eval:evaluate", "Measure a model on texts, questions and benchmarks."),
     "experiment": ("griffin.cli.experiment:experiment", "Measure the papers' claims again."),
 }
 
