@@ -8,13 +8,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from experiments.results import Results, provenance, read_results, results_file, write_results
+from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
 from griffin.files import whole_file
 from griffin.train.config import TrainConfig
@@ -162,11 +163,17 @@ class Session:
 
 def _setup(run: Run) -> str:
     """A hash of what decides a run's numbers but for how long it goes on."""
-    config = asdict(run.config)
+    config = asdict(run.config) | {"model": _told(run.config.model)}
     decisive = [
         config[name] for name in (*FIXED, "learning_rate", "warmup_steps", "weight_decay", "betas", "grad_clip")
     ]
     return hashlib.sha256(json.dumps([decisive, run.source.fingerprint()]).encode()).hexdigest()[:12]
+
+
+def _told(model: GriffinConfig | None) -> dict[str, Any]:
+    """The fields that are not at their defaults, so that a field that comes to be later changes nothing."""
+    assert model is not None
+    return {each.name: v for each in fields(model) if (v := getattr(model, each.name)) != each.default}
 
 
 def _short(value: Any) -> Any:

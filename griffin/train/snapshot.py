@@ -29,7 +29,7 @@ from griffin.files import remove_folder, save_tensors, whole_folder
 from griffin.model import Griffin
 from griffin.reading import read_json
 from griffin.tokenizer import Tokenizer
-from griffin.train.config import TrainConfig
+from griffin.train.config import TrainConfig, config_from_json
 
 FORMAT = "griffin-train-1"
 OPTIMIZER, STATE = "optimizer.safetensors", "train_state.json"
@@ -264,7 +264,7 @@ def _step(folder: Path) -> int:
 
 
 def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> None:
-    if state["fixed"] == fingerprint(config):
+    if state["fixed"] == fingerprint(config) or _same_fixed(folder, state, config):
         return
     then, now = state["config"], json.loads(config.to_json())
     differing: dict[str, tuple[Any, Any]] = {}
@@ -273,6 +273,15 @@ def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> N
     differing |= {key: (then.get(key), now[key]) for key in FIXED if key in now}
     texts = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing.items() if a != b]
     raise GriffinError(f"{folder} is of another run: {'; '.join(texts)}. Give these as they were, or another --run")
+
+
+def _same_fixed(folder: Path, state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether it is the same run, written before there were some of today's fields: those have their defaults."""
+    try:
+        then = config_from_json(json.dumps(state["config"]), str(folder))
+    except GriffinError:  # a field of then is none of today's
+        return False
+    return all(getattr(then, name) == getattr(config, name) for name in FIXED)
 
 
 def _differences(a: Any, b: Any) -> str:
