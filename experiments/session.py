@@ -32,14 +32,16 @@ Line = Mapping[str, Any]
 class Run:
     """One training run of an experiment.
 
-    It ends after `config.steps` steps, or after the first multiple of `segment` at which `enough` of its metrics holds.
+    It ends after `config.steps` steps, or after the first multiple of `segment` at which `enough` of its metrics holds:
+    it is run by segments, which is the same run where the rate does not depend on the steps to come. segment=None: at
+    once, with the config's checkpoints.
     """
 
     key: str  # its name in the results, and of its folder
     config: TrainConfig
-    source: Source
+    source: Source | None  # None: the text of config.train_data
     about: Mapping[str, Any]  # what the results say of it besides: family, learning rate, seed
-    segment: int
+    segment: int | None
     enough: Callable[[Sequence[Line]], bool] = lambda lines: False
 
 
@@ -112,10 +114,13 @@ class Session:
         lines = [line for line in read_metrics(folder / METRICS) if line["step"] <= step]
         enough = run.enough(lines)
         while step < run.config.steps and not enough:
-            steps = min(run.config.steps, (step // run.segment + 1) * run.segment)
+            config = run.config
+            if run.segment is not None:
+                steps = min(config.steps, (step // run.segment + 1) * run.segment)
+                config = replace(config, steps=steps, checkpoint_every=run.segment)
             cpu, wall = time.process_time(), time.perf_counter()
             result = train(
-                replace(run.config, steps=steps, checkpoint_every=run.segment),
+                config,
                 folder,
                 resume=True,
                 source=run.source,
@@ -167,7 +172,8 @@ def _setup(run: Run) -> str:
     decisive = [
         config[name] for name in (*FIXED, "learning_rate", "warmup_steps", "weight_decay", "betas", "grad_clip")
     ]
-    return hashlib.sha256(json.dumps([decisive, run.source.fingerprint()]).encode()).hexdigest()[:12]
+    source = Path(run.config.train_data).name if run.source is None else run.source.fingerprint()
+    return hashlib.sha256(json.dumps([decisive, source]).encode()).hexdigest()[:12]
 
 
 def _told(model: GriffinConfig | None) -> dict[str, Any]:
