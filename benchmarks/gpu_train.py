@@ -11,6 +11,7 @@ from benchmarks.gpu_timing import Part, peak_memory, reset_peak, seconds
 from griffin import PRESETS, Griffin
 from griffin.data.packing import Batch
 from griffin.train.flops import flops_per_token, peak_flops
+from griffin.train.objective import LanguageModel
 from griffin.train.parallel import prepare_blocks
 from griffin.train.step import take_step
 
@@ -51,7 +52,10 @@ def step(preset: str, T: int, tokens: int, device: torch.device, small: bool) ->
         made = torch.randint(0, config.vocab_size, (2, tokens // T, T), device=device, generator=generator)
         batch = Batch(made[0], made[1], torch.arange(T, device=device).repeat(tokens // T, 1))
         time = seconds(
-            {preset: lambda: take_step(model, optimizer, [batch], 1.0)}, device, rounds=1 if small else 5, warmup=2
+            {preset: lambda: take_step(model, LanguageModel(), optimizer, [batch], 1.0)},
+            device,
+            rounds=1 if small else 5,
+            warmup=2,
         )
     except torch.OutOfMemoryError:
         return line

@@ -22,8 +22,9 @@ from griffin.train.config import TrainConfig
 from griffin.train.loop import train
 from griffin.train.metrics import METRICS, read_metrics
 from griffin.train.snapshot import FIXED, latest
-from griffin.train.source import LOSS, Source
+from griffin.train.source import Source
 
+LOSS, BITS = "validation_loss", "validation_bits_per_byte"
 Scale = Literal["smoke", "cpu", "gpu"]
 Line = Mapping[str, Any]
 
@@ -111,7 +112,7 @@ class Session:
         seconds = json.loads(clock.read_text()) if clock.exists() and folder.exists() else {"cpu": 0.0, "wall": 0.0}
         newest = latest(folder)
         step = 0 if newest is None else int(newest.name.removeprefix("step_"))
-        lines = [line for line in read_metrics(folder / METRICS) if line["step"] <= step]
+        lines = [line for line in _metrics(folder) if line["step"] <= step]
         enough = run.enough(lines)
         while step < run.config.steps and not enough:
             config = run.config
@@ -134,7 +135,7 @@ class Session:
                 temporary.write_text(json.dumps(seconds))
             if result.signal is not None and not result.finished:
                 raise KeyboardInterrupt  # with a checkpoint: the same command goes on
-            step, lines = result.step, read_metrics(folder / METRICS)
+            step, lines = result.step, _metrics(folder)
             enough = run.enough(lines)
             self.say(self._progress(run, step, lines, seconds))
         entry = {
@@ -144,7 +145,7 @@ class Session:
             "ended_early": enough and step < run.config.steps,
             "cpu_seconds": round(seconds["cpu"], 1),
             "wall_seconds": round(seconds["wall"], 1),
-            "history": [{k: _short(v) for k, v in line.items()} for line in lines if LOSS in line],
+            "history": [{name: _short(value) for name, value in line.items()} for line in lines if LOSS in line],
             **({} if finish is None else finish(latest(folder) or folder)),
         }
         self.record(run.key, entry)
@@ -164,6 +165,14 @@ class Session:
             f"[run {self.done} of {self.total}] {run.key}: step {step:,} of {run.config.steps:,}  {measures}  "
             f"{seconds['cpu']:.0f} CPU s, at most {left:.0f} more"
         )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines, what was validated by its plain name but for loss and bits per byte, which training has too."""
+    return [
+        {name if name in (LOSS, BITS) else name.removeprefix("validation_"): value for name, value in line.items()}
+        for line in read_metrics(folder / METRICS)
+    ]
 
 
 def _setup(run: Run) -> str:

@@ -41,7 +41,7 @@ class TaskSource:
         measures: dict[str, float] = {}
         for name, task in self.held_out.items():
             found = accuracy(model, held_out_batches(task, self.held_out_rows))
-            measures |= {"validation_loss": found.nats} if not measures else {}
+            measures |= {"loss": found.nats} if not measures else {}
             measures[name] = found.tokens
         return measures
 

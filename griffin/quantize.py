@@ -114,11 +114,6 @@ class _Quantized(nn.Module):
             self.weight_scale.data = before.to(self.weight_scale.device)
         return self
 
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            raise GriffinError("a quantised model cannot be trained; load it without quantize")
-        return super().train(mode)
-
 
 class QuantizedLinear(_Quantized):
     """y = x W^T + b with W in 8 or 4 bits."""
@@ -159,7 +154,7 @@ def quantize(model: Griffin, to: str | Quantization, *, group: int | None = None
         group: for int4, inputs to a scale: 32, 64 or 128 (the default).
 
     Returns:
-        The same model, in eval mode: it cannot be trained.
+        The same model, in eval mode: its numbers cannot be trained, adapters over them can (griffin.lora).
 
     Raises:
         GriffinError: an unknown format, the model is quantised already, or a weight is not finite: it is named, and the

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -16,21 +17,17 @@ def replaceable(model: Griffin) -> dict[str, Replaceable]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Replaceable)}
 
 
-def replace(model: Griffin, make: Callable[[Replaceable], nn.Module]) -> None:
-    """Put make(module) in the place of each linear and of the embedding, one after the other.
+def replace(model: Griffin, make: Callable[[Any], nn.Module], names: Iterable[str] | None = None) -> None:
+    """Put make(module) in the place of modules, one after the other.
 
     Nothing here holds on to an original: it may be freed before the next is made.
 
     Args:
         model: changed in place.
         make: gives the module that stands there from now on.
+        names: of the modules, as `named_modules` has them; None: each linear and the embedding.
     """
-    for owner, name in list(_places(model)):
-        setattr(owner, name, make(getattr(owner, name)))
-
-
-def _places(model: Griffin) -> Iterator[tuple[nn.Module, str]]:
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, Replaceable):
-                yield owner, name
+    for name in list(replaceable(model) if names is None else names):
+        place, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(place)
+        setattr(owner, leaf, make(getattr(owner, leaf)))

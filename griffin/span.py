@@ -52,7 +52,7 @@ def span_of(
         if tensor is not None and (tensor.shape != shape or tensor.dtype not in _WHOLE):
             raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; it must be {shape} whole numbers")
     if state is not None and torch.is_grad_enabled():
-        _check_gradients(state)
+        _check_gradients(state, T)
     checked = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
     padding = None
     if lengths is not None:
@@ -105,15 +105,15 @@ def _longest_packed(state: State, positions: Tensor, padding: Tensor | None) -> 
     return max(state.longest, int(counted.max()) + 1 if len(counted) else 0)
 
 
-def _check_gradients(state: State) -> None:
+def _check_gradients(state: State, T: int) -> None:
     """Refuse state tensors whose gradients would be lost, before anything is written over them.
 
-    A state carries values, not gradients. h and conv may be results of other operations: their gradients are right.
+    A state carries values, not gradients. Its tensors may be results of other operations: their gradients are right.
     """
     for name, tensor in state.tensors().items():
-        window = name.endswith(("keys", "values"))
-        if tensor.requires_grad and (tensor.is_leaf or window):
-            other = "" if window else ", or put a result there that is no leaf, such as h * 1"
+        alone = T == 1 and name.endswith(("keys", "values"))  # one token is written into the slots by a kernel
+        if tensor.requires_grad and (tensor.is_leaf or alone):
+            other = "" if alone else ", or put a result there that is no leaf, such as h * 1"
             raise ValueError(f"state.{name} requires a gradient and is overwritten in place: detach it{other}")
 
 

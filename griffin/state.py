@@ -56,7 +56,9 @@ class AttentionState:
         B, S, G, K = self.keys.shape
         steps = torch.arange(-count, 0, dtype=torch.int64, device=position.device)
         index = ((position[:, None] + steps) % S)[..., None, None].expand(B, count, G, K)
-        return self.keys.gather(1, index), self.values.gather(1, index)
+        recorded = torch.is_grad_enabled()  # then kept for the backward pass, while update_ writes these
+        keys, values = (each.clone() if recorded and each.requires_grad else each for each in self.tensors())
+        return keys.gather(1, index), values.gather(1, index)
 
     def update_(self, keys: Tensor, values: Tensor, positions: Tensor, lengths: Tensor | None) -> None:
         """Write the last tokens of each row's last document.

@@ -19,6 +19,7 @@ from griffin.reading import MOST_TEXT_BYTES, open_tensors, parse_json
 from griffin.state import Model, State, check_origin
 
 FORMAT = "griffin-state-2"
+CHAT_TEMPLATE = "chat_template"  # metadata of a state to begin in: what it was trained with
 _FIELDS = {"format", "fingerprint", "longest", "sha256"}
 _METADATA = "metadata"  # a tensor of bytes, JSON in UTF-8: a long conversation must not make a long header
 _MOST_HEADER_BYTES = 2**20  # 80 layers have 20 kB

@@ -468,12 +468,13 @@ def test_gradients_of_a_state_are_right_or_refused(make_model: MakeModel) -> Non
         assert int(state.position[0]) == 9
         with torch.no_grad():
             assert model(ids, state).isfinite().all()  # without gradients it is a state like others
-    for name in ("h", "conv"):
+    for name in ("h", "conv", "keys", "values"):
+        layer = 2 if name in ("keys", "values") else 0
         gradient, slope = [], []
-        leaf = getattr(before.layers[0], name).clone().requires_grad_()
+        leaf = getattr(before.layers[layer], name).clone().requires_grad_()
         direction = torch.randn_like(leaf)
         state = before.clone()
-        setattr(state.layers[0], name, leaf * 1)
+        setattr(state.layers[layer], name, leaf * 1)
         (gradient,) = torch.autograd.grad(model(ids, state).sum(), leaf)
         double = Griffin(model.config, dtype=torch.float64)
         double.load_state_dict(model.state_dict())
@@ -482,7 +483,7 @@ def test_gradients_of_a_state_are_right_or_refused(make_model: MakeModel) -> Non
             for key, tensor in state.tensors().items():
                 tensor.copy_(before.tensors()[key])
             state.longest = before.longest
-            getattr(state.layers[0], name).add_(step * direction)
+            getattr(state.layers[layer], name).add_(step * direction)
             with torch.no_grad():
                 slope.append(double(ids, state).sum())
         assert_close((gradient * direction).sum().double(), (slope[0] - slope[1]) / 2e-6, rtol=1e-3, atol=1e-4)

@@ -139,14 +139,25 @@ def test_moving_a_model_keeps_its_format(make_model: MakeModel) -> None:
     assert all(torch.equal(dict(model.named_parameters())[name], scale) for name, scale in scales.items())
 
 
-def test_training_is_refused_in_one_line(make_model: MakeModel) -> None:
-    model = quantize(make_model(), "int8")
-    with pytest.raises(GriffinError, match=r"^a quantised model cannot be trained; load it without quantize$"):
-        model.train()
-    model.model.final_norm.weight.requires_grad_(True)
-    model.model.layers[0].temporal_pre_norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"^a quantised model cannot be trained; load it without quantize$"):
-        model(tokens(model, 1, 3))
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_gradients_are_those_of_the_widened_model(make_model: MakeModel, to: str) -> None:
+    """What a quantised model is trained through: norms and biases here, adapters in tests/test_lora.py."""
+    model = quantize(make_model(), to)
+    wide = make_model()
+    numbers = dict(model.named_modules())
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            parameter.copy_(getattr(numbers[owner], leaf))
+    ids = tokens(model, 2, 40)
+    gradients = []
+    for each in (model, wide):
+        names = [name for name, _ in model.named_parameters() if name.endswith("bias") or "norm" in name]
+        parameters = [each.get_parameter(name).requires_grad_(True) for name in names]
+        hidden = each(ids)
+        gradients.append(torch.autograd.grad((hidden**2).sum(), parameters))
+    for found, wanted in zip(*gradients, strict=True):
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize(

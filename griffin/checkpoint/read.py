@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from griffin import lora
 from griffin.checkpoint.config_json import config_from_json
 from griffin.checkpoint.hub import resolve
 from griffin.checkpoint.layout import CONFIG, EMBEDDING, FINAL_NORM, INDEX, TIED, WEIGHTS, Meta, some
@@ -50,6 +51,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quantize: str | Quantization | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Griffin:
     """Load a model folder, in eval mode.
@@ -62,11 +64,14 @@ def load(
         dtype: of the weights and activations; None keeps every tensor's own, and the embedding's for activations (the
             final norm's, where the folder holds a quantised embedding).
         quantize: "int8", "int4" or a Quantization: each weight is quantised while it is read, so that the peak of
-            memory is the quantised model's; the model cannot be trained. None: as stored.
+            memory is the quantised model's; adapters alone can be trained over it. None: as stored.
+        adapter: a folder with a LoRA adapter, PEFT's or ours, for this model: merged into its weights, or standing
+            beside those that are quantised.
         progress: called with (bytes read, bytes in all).
 
     Raises:
-        GriffinError: the folder is not there or not a model, or a file is missing, damaged or does not fit the config.
+        GriffinError: the folder is not there or not a model, the adapter is none or another model's, or a file is
+            missing, damaged or does not fit the config.
     """
     if dtype is not None and dtype not in _FLOATS:
         raise GriffinError(f"dtype={dtype} is not one of {', '.join(str(known) for known in _FLOATS)}")
@@ -75,8 +80,15 @@ def load(
         raise GriffinError(f"{contents.folder} is {contents.form.name} already; quantise the original")
     form = Quantization.named(quantize) if isinstance(quantize, str) else quantize
     names = [CONFIG, INDEX, *(file.name for file in contents.files)]
+    read = (
+        None if adapter is None else lora.read_adapter(adapter)
+    )  # what is wrong with it is said before hours of reading
     with verifying(contents.folder, names):
-        return _read(contents, device, dtype, form, progress)
+        model = _read(contents, device, dtype, form, progress)
+    if read is not None:
+        lora.attach(model, read)
+        lora.merge(model, keep_quantized=True)
+    return model.requires_grad_(form is None and contents.form is None) if read is not None else model
 
 
 def inspect(path_or_hub_id: str | Path) -> Contents:

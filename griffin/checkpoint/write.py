@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from griffin import lora
 from griffin.checkpoint.config_json import config_to_json
 from griffin.checkpoint.layout import CONFIG, EMBEDDING, FINAL_NORM, GENERATION, INDEX, WEIGHTS, some
 from griffin.checksums import SUMS, write_sums
@@ -37,9 +38,12 @@ def save(model: Griffin, path: str | Path, tokenizer: Tokenizer | None = None, *
         overwrite: replace a model folder that is already there.
 
     Raises:
-        GriffinError: the folder exists and overwrite is False, or holds something that is not a model's.
+        GriffinError: the folder exists and overwrite is False, or holds something that is not a model's; or the model
+            has an adapter that is not merged.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps, and names after itself
+    if lora.adapted(model):
+        raise GriffinError("the model has an adapter: lora.merge it first, or write the adapter alone (griffin.lora)")
     form = quantization(model)
     write_folder(Path(path), model.config, model.state_dict(), tokenizer, overwrite=overwrite, form=form)
 

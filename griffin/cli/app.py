@@ -14,15 +14,19 @@ import griffin
 # A command's file is imported when the command is used, and what it needs of torch, which takes seconds, when it runs:
 # --help and wrong options should not wait for that.
 COMMANDS = {
-    "train": ("griffin.cli.train:train", "Train or fine-tune a model."),
+    "train": ("griffin.cli.train:train", "Train a model on text."),
+    "finetune": ("griffin.cli.finetune:finetune", "Teach a model by chats, completions or preference pairs."),
     "generate": ("griffin.cli.generate:generate", "Continue prompts."),
     "chat": ("griffin.cli.chat:chat", "Talk to a model in the terminal."),
     "info": ("griffin.cli.info:info", "Show a model's sizes, its memory and its kernels."),
     "convert": ("griffin.cli.convert:convert", "Turn Google's checkpoints into a model folder."),
     "quantize": ("griffin.cli.quantize:quantize", "Write a model in 8 or 4 bits per weight."),
-    "tokenizer": ("griffin.cli.tokenizer:app", "Make tokenizers."),
+    "merge": ("griffin.cli.merge:merge", "Add a LoRA adapter to a model's weights."),
     "eval": ("griffin.cli.eval:evaluate", "Measure a model on texts, questions and benchmarks."),
     "experiment": ("griffin.cli.experiment:experiment", "Measure the papers' claims again."),
+    "tokenizer": ("griffin.cli.tokenizer:app", "Make tokenizers."),
+    "data": ("griffin.cli.data:app", "Prepare data."),
+    "plot": ("griffin.cli.plot:plot", "Draw the curves of runs."),
 }
 
 

@@ -45,6 +45,8 @@ def chat(
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
     chunk: options.Chunk = 256,
+    adapter: options.Adapter = None,
+    start: options.Start = None,
     load: Annotated[str | None, typer.Option(help="Go on with a conversation that /save wrote.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the speed of each answer.")] = False,
 ) -> None:
@@ -60,10 +62,11 @@ def chat(
 
         griffin chat my-model --load talk.safetensors
     """
-    loaded, tokenizer = options.open_model(model, device, dtype)
+    loaded, tokenizer = options.open_model(model, device, dtype, adapter)
 
     from griffin.infer.conversation import Conversation
 
+    begin, tokenizer = options.open_start(start, loaded, tokenizer)
     settings: dict[str, Any] = dict(
         max_tokens=max_tokens,
         **asdict(sampling),
@@ -71,9 +74,9 @@ def chat(
         prefill_chunk=chunk,
     )
     first = (
-        Conversation(loaded, tokenizer)
+        Conversation(loaded, tokenizer, begin)
         if load is None
-        else Conversation.load(Path(load).expanduser(), loaded, tokenizer)
+        else Conversation.load(Path(load).expanduser(), loaded, tokenizer, begin)
     )
     if not first.has_template:
         note("This model has no chat template: it continues your text. An empty line lets it go on.")
@@ -206,7 +209,7 @@ class Chat:
             note("usage: /load FILE")
             return
         here = self.conversation
-        self.conversation = type(here).load(Path(path).expanduser(), here.model, here.tokenizer)
+        self.conversation = type(here).load(Path(path).expanduser(), here.model, here.tokenizer, here.start)
         note(f"{_turns(self.conversation)}, {self.conversation.tokens_read:,} tokens read before")
         if self.conversation.messages:
             options.show(f"… {self.conversation.messages[-1]['content'][-200:]}\n")
@@ -231,7 +234,8 @@ class Chat:
             note(f"{'*' if name == self.name else ' '} {name}: {_turns(conversation)}")
 
     def reset(self, _: str) -> None:
-        self.conversation = type(self.conversation)(self.conversation.model, self.conversation.tokenizer)
+        here = self.conversation
+        self.conversation = type(here)(here.model, here.tokenizer, here.start)
         note("a new conversation")
 
     def state(self, _: str) -> None:

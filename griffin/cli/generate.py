@@ -34,6 +34,8 @@ def generate(
     device: options.Device = "auto",
     dtype: options.DtypeOption = None,
     chunk: options.Chunk = 512,
+    adapter: options.Adapter = None,
+    begin: options.Start = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts run at once.")] = 16,
     chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a message: use the chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt and line.")] = False,
@@ -56,10 +58,11 @@ def generate(
         griffin generate my-model --file prompts.txt --json > answers.jsonl
     """
     texts = read_prompts(prompts or [], file)
-    loaded, tokenizer = options.open_model(model, device, dtype)
+    loaded, tokenizer = options.open_model(model, device, dtype, adapter)
 
     from griffin.infer.generate import generate as run
 
+    state, tokenizer = options.open_start(begin, loaded, tokenizer)
     ids = [
         tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text) for text in texts
     ]
@@ -70,6 +73,7 @@ def generate(
         stop=stop or (),
         logprobs=logprobs,
         prefill_chunk=chunk,
+        state=state,
         progress=waiting.progress,
     )
     try:

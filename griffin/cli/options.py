@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -18,6 +19,7 @@ from griffin.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from griffin.model import Griffin
+    from griffin.state import State
     from griffin.tokenizer import Tokenizer
 
 
@@ -34,6 +36,10 @@ MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string. May be given several times.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of weights and activations. Default: as they are stored.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="A folder with a LoRA adapter for MODEL: griffin finetune's, or PEFT's.")
+]
+Start = Annotated[str | None, typer.Option("--state", help="Begin in this state: griffin finetune --state wrote it.")]
 Chunk = Annotated[int, typer.Option(help="Tokens of a prompt read at once: more is faster and takes more memory.")]
 
 
@@ -73,8 +79,20 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def open_model(name: str, device: str, dtype: Dtype | None) -> tuple[Griffin, Tokenizer]:
-    """Load a model and its tokenizer.
+def open_start(path: str | None, model: Griffin, tokenizer: Tokenizer) -> tuple[State | None, Tokenizer]:
+    """Load the state to begin in; a tokenizer without a chat template gets the one that the state was trained with."""
+    if path is None:
+        return None, tokenizer
+    from griffin.state_file import CHAT_TEMPLATE, load_both
+
+    state, metadata = load_both(path, model)
+    if tokenizer.chat_template is None and CHAT_TEMPLATE in metadata:
+        tokenizer = tokenizer.with_chat_template(metadata[CHAT_TEMPLATE])
+    return state, tokenizer
+
+
+def open_model(name: str, device: str, dtype: Dtype | None, adapter: str | None = None) -> tuple[Griffin, Tokenizer]:
+    """Load a model and its tokenizer; of an adapter the tokenizer that was written with it.
 
     Raises:
         GriffinError: the device is not there, or the folder cannot be loaded.
@@ -87,9 +105,10 @@ def open_model(name: str, device: str, dtype: Dtype | None) -> tuple[Griffin, To
         from griffin.machine import find_device
 
         place = find_device(device)
-        tokenizer = checkpoint.load_tokenizer(name)
+        own = adapter is not None and (Path(adapter) / "tokenizer.json").is_file()
+        tokenizer = checkpoint.load_tokenizer(adapter if own and adapter else name)
         kind: torch.dtype | None = None if dtype is None else getattr(torch, dtype.value)
-        model = checkpoint.load(name, device=place, dtype=kind, progress=waiting.progress)
+        model = checkpoint.load(name, device=place, dtype=kind, adapter=adapter, progress=waiting.progress)
         if model.device.type == "cpu":
             keep_freed_memory()  # after loading, whose buffers are not needed again
         return model, tokenizer

@@ -20,9 +20,11 @@ class Batch:
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, the next token of the same document, or NOT_COUNTED
     positions: Tensor  # (B, T) int64, offset since the document's or the row's start; 0 resets the model
+    reference: Tensor | None = None  # (B,) fp32, log p(row) by the reference model; of preference pairs only
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.targets.to(device), self.positions.to(device))
+        reference = None if self.reference is None else self.reference.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), self.positions.to(device), reference)
 
 
 def count_rows(shard: Shard, row_tokens: int) -> int:
@@ -60,6 +62,8 @@ def pack(shard: Shard, rows: Sequence[int], row_tokens: int) -> Batch:
         low, high = np.searchsorted(shard.starts, (first, first + length), side="right")
         starts = shard.starts[low:high] - first
         targets[b, starts - 1] = NOT_COUNTED
+        if shard.counted is not None:
+            targets[b, : after.size][~shard.counted[first + 1 : first + length + 1]] = NOT_COUNTED
         inside = starts[starts < length]
         document_start = np.zeros(length, dtype=np.int64)
         document_start[inside] = inside

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from griffin.data.encode import encode_documents
 from griffin.data.shards import Shard, is_shard, open_shard, sha256, write_shard
+from griffin.data.sources import Report, silent
 from griffin.data.text import (
     Part,
-    Report,
+    divided,
     read_parts,
-    silent,
     split_point,
     text_files,
     training_part,
@@ -41,7 +41,9 @@ class Data:
 
     def fingerprint(self) -> str:
         """A sha256 of every token: a run goes on only with the data it began with."""
-        return hashlib.sha256(f"{self.train.meta} {self.validation.meta}".encode()).hexdigest()
+        shards = (self.train.meta, self.validation.meta)
+        masks = "".join(f" {meta.counted_sha256}" for meta in shards if meta.counted_sha256 is not None)
+        return hashlib.sha256((" ".join(map(str, shards)) + masks).encode()).hexdigest()
 
 
 def prepare(
@@ -50,6 +52,7 @@ def prepare(
     *,
     tokenizer: str,
     validation: str | Path | None = None,
+    divider: str | None = None,
     expected: str | None = None,
     report: Report = silent,
 ) -> Data:
@@ -60,6 +63,7 @@ def prepare(
         cache: the folder that keeps the result; it is made, and replaced where its sources have changed.
         tokenizer: "bpe:4096" learns one of that size from the training text; "bytes"; or a path to one.
         validation: like `source`; None takes the last 5% of the text.
+        divider: a text that ends a document too, and is no part of it; None: there is none.
         expected: the fingerprint that the data must have; None takes any. What the cache holds is kept if not.
         report: told how far it is.
 
@@ -75,22 +79,23 @@ def prepare(
         held_out = None if validation is None else text_files(validation)
         spec = _named_tokenizer(tokenizer)
         every = [*files, *(held_out or ())]
-        before = [_stamp(file) for file in every]
-        checksums = _checksums(every, report)
+        before = [stamp(file) for file in every]
+        sums = checksums(every, report)
         request = {
             "version": _VERSION,
-            "train": checksums[: len(files)],
-            "validation": None if held_out is None else checksums[len(files) :],
+            "train": sums[: len(files)],
+            "validation": None if held_out is None else sums[len(files) :],
             "tokenizer": spec,
+            **({} if divider is None else {"divider": divider}),
         }
-        if not _is_cached(cache, request):
+        if not is_cached(cache, request):
             with whole_folder(cache) as folder:
-                _write(folder, files, held_out, tokenizer, report)
+                _write(folder, files, held_out, tokenizer, divider, report)
                 made = folder / "tokenizer", folder / "train", folder / "validation"
-                _expect(Data(load_tokenizer(made[0]), *map(open_shard, made[1:])), expected, source)
+                expect(Data(load_tokenizer(made[0]), *map(open_shard, made[1:])), expected, source)
                 (folder / "sources.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
-                for file, stamp in zip(every, before, strict=True):
-                    if _stamp(file) != stamp:
+                for file, was in zip(every, before, strict=True):
+                    if stamp(file) != was:
                         raise GriffinError(f"{file} has changed while it was read; prepare again once it is complete")
         data = Data(load_tokenizer(cache / "tokenizer"), open_shard(cache / "train"), open_shard(cache / "validation"))
         for shard in (data.train, data.validation):
@@ -98,7 +103,13 @@ def prepare(
                 raise GriffinError(
                     f"{cache / 'tokenizer'} is not what made {shard.folder}; remove {cache} to prepare anew"
                 )
-        _expect(data, expected, source)
+        expect(data, expected, source)
+    verify(data, report)
+    return data
+
+
+def verify(data: Data, report: Report) -> None:
+    """Read all of it and compare the checksums: raise GriffinError where a file is not what was written."""
     total, done = data.train.tokens.nbytes + data.validation.tokens.nbytes, 0
 
     def progress(size: int) -> None:
@@ -108,10 +119,10 @@ def prepare(
 
     data.train.verify(progress)
     data.validation.verify(progress)
-    return data
 
 
-def _expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
+def expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
+    """Raise GriffinError unless the data has the fingerprint that it must have."""
     if fingerprint is not None and data.fingerprint() != fingerprint:
         raise GriffinError(
             f"{source}: the run was trained on other data ({fingerprint[:12]}, now {data.fingerprint()[:12]}): "
@@ -119,18 +130,23 @@ def _expect(data: Data, fingerprint: str | None, source: str | Path) -> None:
         )
 
 
-def _write(folder: Path, files: list[Path], held_out: list[Path] | None, spec: str, report: Report) -> None:
+def _write(
+    folder: Path, files: list[Path], held_out: list[Path] | None, spec: str, divider: str | None, report: Report
+) -> None:
+    def read(files: list[Path], what: str = "reading") -> Iterator[Part]:
+        return divided(read_parts(files, report, what), divider)
+
     if held_out is None:
-        split = split_point(lambda: read_parts(files, report), where=files[0])
+        split = split_point(lambda: read(files), where=files[0])
 
     def train_parts(what: str) -> Iterator[Part]:
-        parts = read_parts(files, report, what)
+        parts = read(files, what)
         return parts if held_out is not None else training_part(parts, split)
 
     def validation_parts(what: str) -> Iterator[Part]:
         if held_out is not None:
-            return read_parts(held_out, report, what)
-        return validation_part(read_parts(files, report, what), split)
+            return read(held_out, what)
+        return validation_part(read(files, what), split)
 
     tokenizer = _make_tokenizer(spec, train_parts)
     (folder / "tokenizer").mkdir()
@@ -184,7 +200,8 @@ def _named_tokenizer(spec: str) -> str:
     return load_tokenizer(spec).fingerprint()
 
 
-def _checksums(files: list[Path], report: Report) -> list[list[str]]:
+def checksums(files: list[Path], report: Report) -> list[list[str]]:
+    """Give [name, sha256] of each file."""
     total, done = sum(file.stat().st_size for file in files), 0
 
     def progress(size: int) -> None:
@@ -195,12 +212,14 @@ def _checksums(files: list[Path], report: Report) -> list[list[str]]:
     return [[file.name, sha256(file, progress)] for file in files]
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def stamp(file: Path) -> tuple[int, int]:
+    """What changes where somebody writes a file."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns
 
 
-def _is_cached(cache: Path, request: object) -> bool:
+def is_cached(cache: Path, request: object) -> bool:
+    """Whether a folder was made of what is asked for."""
     try:
         return bool(json.loads((cache / "sources.json").read_text(encoding="utf-8")) == request)
     except (OSError, ValueError):

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import codecs
-import lzma
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple
 
+from griffin.data.sources import COMPRESSED, Report, opened, silent
 from griffin.errors import GriffinError
 from griffin.reading import parse_json
 
-TEXT_SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
+TEXT_SUFFIXES = tuple(f"{kind}{suffix}" for kind in (".txt", ".jsonl") for suffix in COMPRESSED)
 BLOCK_BYTES = 1 << 20  # read at once
 MOST_LINE_BYTES = 1 << 27  # of a .jsonl file, whose lines are read whole
 _BETWEEN = re.compile(r"(?m)^\0\r?\n")  # a line of one NUL
 VALIDATION_FRACTION = 0.05
 FEW_DOCUMENTS = 20  # with fewer, 5% of the documents is none: the last 5% of the text is taken instead
-
-Report = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all); a total of 0 is unknown
 
 
 class Part(NamedTuple):
@@ -29,10 +26,6 @@ class Part(NamedTuple):
 
     document: int  # counted from 0 over all files
     text: str  # not empty
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Report to nobody."""
 
 
 def text_files(path: str | Path) -> list[Path]:
@@ -79,30 +72,58 @@ def read_parts(files: Sequence[Path], report: Report = silent, what: str = "read
 
     Raises:
         GriffinError: a file is not UTF-8 (with the byte's offset), not JSON lines (with the line), has a line of more
-            than MOST_LINE_BYTES there, or is a damaged .xz.
+            than MOST_LINE_BYTES there, or is compressed and damaged.
     """
     total = sum(file.stat().st_size for file in files)
     before, document, filled, untold = 0, 0, False, 0
     for file in files:
-        with ExitStack() as stack:
-            raw = stack.enter_context(file.open("rb"))
-            binary = cast(IO[bytes], stack.enter_context(lzma.open(raw))) if file.name.endswith(".xz") else raw
+        with opened(file) as (raw, binary):
             texts = _json_lines(file, binary) if ".jsonl" in file.suffixes[-2:] else _plain_text(file, binary)
-            try:
-                for text in texts:
-                    untold += len(text or "")
-                    if untold >= BLOCK_BYTES // 4:
-                        report(what, before + raw.tell(), total)
-                        untold = 0
-                    if text is None:
-                        document, filled = document + filled, False
-                    elif text:
-                        yield Part(document, text)
-                        filled = True
-            except (lzma.LZMAError, EOFError) as error:
-                raise GriffinError(f"{file}: not a whole .xz file ({error}); download it again") from error
+            for text in texts:
+                untold += len(text or "")
+                if untold >= BLOCK_BYTES // 4:
+                    report(what, before + raw.tell(), total)
+                    untold = 0
+                if text is None:
+                    document, filled = document + filled, False
+                elif text:
+                    yield Part(document, text)
+                    filled = True
         before += file.stat().st_size
         report(what, before, total)
+
+
+def divided(parts: Iterable[Part], divider: str | None) -> Iterator[Part]:
+    """Let documents end also where other programs' mark for that stands in the text, "<|endoftext|>" say; it goes.
+
+    Raises:
+        GriffinError: the divider is empty.
+    """
+    if divider is None:
+        yield from parts
+        return
+    if not divider:
+        raise GriffinError("the divider of documents is empty; give the text that stands between them")
+    source, number, filled, rest = -1, 0, False, ""
+    for part in parts:
+        if part.document != source:
+            if rest:
+                yield Part(number, rest)
+                filled = True
+            source, number, filled, rest = part.document, number + filled, False, ""
+        *ended, text = (rest + part.text).split(divider)
+        for document in ended:
+            if document:
+                yield Part(number, document)
+            number, filled = number + (filled or bool(document)), False
+        # The end may be the beginning of a divider.
+        keep = next((size for size in range(len(divider) - 1, 0, -1) if text.endswith(divider[:size])), 0)
+        text, rest = text[: len(text) - keep], text[len(text) - keep :]
+        if text:
+            yield Part(number, text)
+            filled = True
+    if rest:
+        yield Part(number, rest)
 
 
 def _plain_text(file: Path, binary: IO[bytes]) -> Iterator[str | None]:

@@ -12,6 +12,7 @@ from griffin.infer.generate import start
 from griffin.infer.generation import Generation
 from griffin.infer.request import Piece
 from griffin.reading import parse_json
+from griffin.state import State, check_origin
 from griffin.state_file import load_both
 
 if TYPE_CHECKING:
@@ -30,11 +31,16 @@ class Conversation:
     Args:
         model: the model.
         tokenizer: its tokenizer.
+        start: the state of one row that it begins in, tuned or saved; it is copied. None: nothing has been read.
     """
 
-    def __init__(self, model: Griffin, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.state = model.new_state(1)
+    def __init__(self, model: Griffin, tokenizer: Tokenizer, start: State | None = None) -> None:
+        self.model, self.tokenizer, self.start = model, tokenizer, start
+        if start is not None:
+            check_origin(start, model)
+            if start.batch_size != 1:
+                raise GriffinError(f"a conversation begins in a state of one row, not {start.batch_size}; use rows()")
+        self.state = model.new_state(1) if start is None else start.clone()
         self.messages: list[dict[str, str]] = []  # {"role": "user" or "assistant", "content": ...}
         # The last token of the last answer, if it was cut short: chosen, not read, and so the first of the next turn.
         # An answer that ended by itself leaves none: its stop token is the beginning of the template's next turn.
@@ -67,7 +73,7 @@ class Conversation:
         if self.has_template:
             turn = self.tokenizer.encode_chat_turn([*self.messages, message])
         else:
-            begin = () if self.tokens_read else self.tokenizer.begin_ids
+            begin = self.tokenizer.begin_ids if not self.messages and not self.unread else ()
             turn = [*begin, *self.tokenizer.encode(text, bos=False)]  # it is to go on, so no EOS
         if not (prompt := [*self.unread, *turn]):
             raise GriffinError("the text is empty and the last answer is complete; say something")
@@ -92,7 +98,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """Copy it: the two go on independently."""
-        twin = Conversation(self.model, self.tokenizer)
+        twin = Conversation(self.model, self.tokenizer, self.start)
         twin.state, twin.messages, twin.unread = self.state.clone(), [*self.messages], [*self.unread]
         return twin
 
@@ -110,8 +116,8 @@ class Conversation:
         self.state.save(path, self.model, metadata={METADATA: json.dumps(content)})
 
     @classmethod
-    def load(cls, path: str | Path, model: Griffin, tokenizer: Tokenizer) -> Conversation:
-        """Go on with what `save` wrote. Nothing is read again.
+    def load(cls, path: str | Path, model: Griffin, tokenizer: Tokenizer, start: State | None = None) -> Conversation:
+        """Go on with what `save` wrote. Nothing is read again; `start` is where a new one would begin.
 
         Raises:
             GriffinError: the file is missing, damaged, not a conversation, or belongs to another model or tokenizer.
@@ -125,7 +131,7 @@ class Conversation:
                 f"{path} was saved with another tokenizer (fingerprint {content['tokenizer']:.12}, this one is "
                 f"{tokenizer.fingerprint()[:12]}); load it with the one it was made by"
             )
-        conversation = cls(model, tokenizer)
+        conversation = cls(model, tokenizer, start)
         conversation.state = state
         conversation.messages, conversation.unread = content["messages"], content["unread"]
         return conversation

@@ -10,12 +10,15 @@ to whole groups and blocks of 64. A block is 16 little-endian 16-bit words; word
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from griffin.ops import device
-from griffin.ops.linear import by_panels
+from griffin.ops.linear import PANEL_ELEMENTS, by_panels
+from griffin.ops.op import differentiable
 
 GROUPS = (32, 64, 128)
 NOT_FINITE = "a weight that is not finite cannot be quantised"
@@ -116,18 +119,65 @@ def quantized_linear(
         dtype: of the result, no narrower than x's; None means x's.
 
     Returns:
-        (..., O) in dtype. There is no gradient.
+        (..., O) in dtype. x and bias have a gradient, dx = dy W, for which W is widened a panel at a time and kept
+        nowhere; q and scale are numbers that stand for others and have none.
 
     Raises:
-        ValueError: a gradient is wanted for x, or the shapes do not fit.
+        ValueError: the shapes do not fit.
     """
     K, O = x.shape[-1], q.shape[0]
     check_quantized(q, scale, K, group, of="x")
     if bias is not None and bias.shape != (O,):
         raise ValueError(f"bias is {tuple(bias.shape)}; this weight needs {(O,)}")
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("a quantised model cannot be trained; load it without quantize")
-    shape, rows, dtype = x.shape[:-1], x.reshape(-1, K), dtype or x.dtype
+    dtype = dtype or x.dtype
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return differentiable(_with_kept, _gradient, x, bias, q, scale, group, dtype)
+    return _product(x, q, scale, bias, group, dtype)
+
+
+def _with_kept(
+    x: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor, group: int | None, dtype: torch.dtype
+) -> tuple[Tensor, tuple[object, ...]]:
+    return _product(x, q, scale, bias, group, dtype), (
+        q,
+        scale,
+        group,
+        x.shape,
+        x.dtype,
+        None if bias is None else bias.dtype,
+    )
+
+
+def _gradient(
+    needed: Sequence[bool],
+    dy: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    group: int | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = dy W;  db = sum of dy over rows: sums in fp32 (fp64 for fp64), each rounded once."""
+    K, O = shape[-1], q.shape[0]
+    rows = dy.reshape(-1, O)
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx = None
+    if needed[0]:
+        product = wide if dy.device.type == "cpu" else dy.dtype
+        sums = torch.zeros(rows.shape[0], K, dtype=wide, device=dy.device)
+        step = max(BLOCK, PANEL_ELEMENTS // max(1, K))
+        for first in range(0, O, step):
+            panel = slice(first, first + step)
+            sums += rows[:, panel].to(product) @ dequantize(q[panel], scale[panel], K, group).to(product)
+        dx = sums.view(shape).to(dtype)
+    db = rows.sum(dim=0, dtype=wide).to(bias_dtype) if needed[1] else None
+    return dx, db
+
+
+def _product(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, group: int | None, dtype: torch.dtype) -> Tensor:
+    K, O = x.shape[-1], q.shape[0]
+    shape, rows = x.shape[:-1], x.reshape(-1, K)
     if (kernels := device.kernels("quantized_linear", rows, bias, size=rows.shape[0])) is not None:
         if group is None:
             y = kernels.linear_int8(rows, q, scale, bias, dtype)

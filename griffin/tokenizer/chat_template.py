@@ -87,6 +87,29 @@ class ChatTemplate:
         text, marked = self._render([], (taken, add_generation_prompt), (_marked(taken, mark), add_generation_prompt))
         return Rendered(text, _spans(text, marked, mark), [message["content"] for message in taken])
 
+    def each(self, chats: Sequence[Sequence[Mapping[str, str]]]) -> list[Rendered]:
+        """Render several whole chats in one request, each message's content found at its place.
+
+        `contents` and `spans` are those of the messages that are not blank, one for one and in order.
+
+        Raises:
+            GriffinError: as `whole`; or the template does not write each message once, in order and as it is.
+        """
+        taken = [checked(messages) for messages in chats]
+        mark = self._unused_mark([message for messages in taken for message in messages])
+        texts = self._render([], *((each, False) for chat in taken for each in (chat, _marked(chat, mark))))
+        rendered = []
+        for messages, text, marked in zip(taken, texts[::2], texts[1::2], strict=True):
+            contents = [core for message in messages if (core := message["content"].strip())]
+            spans = _spans(text, marked, mark)
+            if spans is None or [text[start:end] for start, end in spans] != contents:
+                raise GriffinError(
+                    "the chat template does not write each message once, in order and unchanged: where its answers are "
+                    "cannot be told; use a template that does"
+                )
+            rendered.append(Rendered(text, spans, contents))
+        return rendered
+
     def turn(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> Rendered:
         """Render what follows the last answer's content.
 

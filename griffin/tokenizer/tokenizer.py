@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,19 @@ TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>")
 
 TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")  # always control tokens where the vocabulary has them
 TRAINED_SPECIALS = ("<pad>", "<eos>", "<bos>", *TURN_TOKENS)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The ids of a chat that has been held, and which of them the model said.
+
+    Attributes:
+        ids: all.
+        answers: of each answer, (first, end) in `ids`: its content and the token that ends the turn.
+    """
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -217,6 +231,69 @@ class Tokenizer:
         """
         return self._encode_rendered(self._chat_or_error().turn(messages, add_generation_prompt))
 
+    def encode_dialogues(self, chats: Sequence[Sequence[Mapping[str, str]]]) -> list[Dialogue]:
+        """Encode chats as they will be when they are held: what a model is trained on.
+
+        The prompt before an answer, and the answer, have the ids that they get when a model generates it; those are
+        `encode_chat`'s wherever no token of the vocabulary reaches over the border of the two.
+
+        Args:
+            chats: each a list of messages, as for `encode_chat`. All are rendered in one request.
+
+        Raises:
+            GriffinError: as `encode_chat`, for any of them; or the template does not write each message once, in order
+                and as it is, so that the answers cannot be told from the rest.
+        """
+        rendered = self._chat_or_error().each(chats)
+        pieces = [
+            _pieces(chat, text, self._special_pattern, self._stops) for chat, text in zip(chats, rendered, strict=True)
+        ]
+        plain = [piece.text for chat in pieces for piece in chat if not piece.special]
+        special = [piece.text for chat in pieces for piece in chat if piece.special]
+        with library_errors("this tokenizer fails on a text"):
+            control = iter(self.backend.encode_batch_fast(special, add_special_tokens=False))
+        ordinary = iter(self.encodings(plain))
+        dialogues = []
+        for chat in pieces:
+            ids: list[int] = []
+            answers: list[tuple[int, int]] = []
+            for piece in chat:
+                first = len(ids)
+                ids += next(control if piece.special else ordinary).ids
+                if piece.answers and not piece.special:
+                    answers.append((first, len(ids)))
+                elif piece.answers:  # the token that ends the answer before
+                    answers[-1] = answers[-1][0], len(ids)
+            dialogues.append(Dialogue(ids, answers))
+        return dialogues
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """A tokenizer of the same vocabulary and rules with another chat template.
+
+        Raises:
+            GriffinError: the template is longer than any is.
+        """
+        return Tokenizer(
+            tokenizers.Tokenizer.from_str(self.backend.to_str()),
+            bos=self._names["bos_token"],
+            eos=self._names["eos_token"],
+            pad=self._names["pad_token"],
+            chat_template=source,
+            stop_ids=self.stop_ids,
+            add_bos=bool(self.begin_ids),
+            add_eos=bool(self.end_ids),
+        )
+
+    @cached_property
+    def speaks_gemma(self) -> bool:
+        """Whether the vocabulary has the tokens that Gemma's dialogue is written with."""
+        return all(self.backend.token_to_id(token) is not None for token in TURN_TOKENS)
+
+    @cached_property
+    def _stops(self) -> re.Pattern[str]:
+        texts = sorted((self._specials[index] for index in self.stop_ids if index in self._specials), key=len)
+        return re.compile("|".join(map(re.escape, reversed(texts))) or "(?!)")
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `load_tokenizer` and transformers' AutoTokenizer open.
 
@@ -325,6 +402,34 @@ class Tokenizer:
             ids += self._ids(text[at:start], special=True) + self._ids(text[start:end], special=False)
             at = end
         return ids + self._ids(text[at:], special=True)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    special: bool  # control tokens count in it
+    answers: bool  # it is an answer, or the token that ends one
+
+
+def _pieces(
+    chat: Sequence[Mapping[str, str]], rendered: Rendered, special: re.Pattern[str], stops: re.Pattern[str]
+) -> list[_Piece]:
+    """Cut a rendered chat at its answers, and around contents that hold the text of a control token."""
+    text, spans = rendered.text, rendered.spans or []
+    roles = [message["role"] for message in chat if message["content"].strip()]
+    pieces: list[_Piece] = []
+    at = 0
+    for number, ((start, end), role) in enumerate(zip(spans, roles, strict=True)):
+        answers = role in ("assistant", "model")
+        if not answers and special.search(text, start, end) is None:
+            continue
+        pieces += [_Piece(text[at:start], True, False), _Piece(text[start:end], False, answers)]
+        at = end
+        following = spans[number + 1][0] if number + 1 < len(spans) else len(text)
+        if answers and (found := stops.search(text, end, following)):
+            pieces.append(_Piece(text[end : found.end()], True, True))
+            at = found.end()
+    return [*pieces, _Piece(text[at:], True, False)]
 
 
 def _make_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:

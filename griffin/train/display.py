@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from itertools import groupby
+from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,10 +20,17 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
-from griffin.data.text import Report
+from griffin.data.sources import Report
 from griffin.errors import printable
 
+if TYPE_CHECKING:
+    from griffin.data.batches import Lost, Rows
+    from griffin.data.prepare import Data
+    from griffin.train.config import TrainConfig
+
+MOST_TOKENS = 200  # of an example that is shown
 PATIENCE_S = 2.0  # what takes longer shows how far it is
 
 
@@ -94,6 +103,38 @@ class Display:
     def say(self, text: str) -> None:
         """Print lines. What a model wrote, or somebody called a file, must not drive the terminal."""
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, text: Text) -> None:
+        """Print lines in colour."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def describe(data: Data, rows: Rows, lost: Lost | None, config: TrainConfig) -> Text:
+    """What examples there are, and three of them as the model reads them: what is learnt in green."""
+    train, unit = data.train, 2 if config.objective in ("dpo", "ipo", "orpo") else 1
+    meta = train.meta
+    counted = meta.num_tokens if train.counted is None else int(np.count_nonzero(train.counted))
+    held_out = data.validation.meta.num_documents // unit
+    text = Text(
+        f"examples   {meta.num_documents // unit:,}{' pairs' if unit == 2 else ''}, {meta.num_tokens:,} tokens, "
+        f"{counted / meta.num_tokens:.0%} of them learnt; {held_out:,} to validate on\n"
+    )
+    if lost is not None:
+        filler = f", {lost.filler / (rows.count * config.row_tokens):.1%} of them filler" if lost.filler else ""
+        text.append(
+            f"rows       {rows.count:,} of {config.row_tokens:,} tokens{filler}; "
+            f"{lost.truncated:,} examples truncated, {lost.dropped:,} dropped ({lost.tokens:,} tokens)\n"
+        )
+    for number in sorted({0, meta.num_documents // 2 // unit * unit, meta.num_documents - unit}):
+        text.append(f"--- example {number // unit + 1} ---\n", style="dim")
+        first = int(train.starts[number])
+        end = min(int(train.starts[number + 1]), first + MOST_TOKENS)
+        marked = np.ones(end - first, dtype=np.bool_) if train.counted is None else train.counted[first:end]
+        for learnt, group in groupby(range(first, end), key=lambda at: bool(marked[at - first])):
+            shown = data.tokenizer.decode(train.tokens[list(group)].tolist(), skip_special=False)
+            text.append(printable(shown), style="green" if learnt else "dim")
+        text.append("…\n" if end < int(train.starts[number + 1]) else "\n")
+    return text
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,23 +13,29 @@ from rich.console import Console
 
 from griffin import checkpoint
 from griffin.config import GriffinConfig
-from griffin.data.prepare import prepare
+from griffin.data.examples import MANIFEST
+from griffin.data.prepare import Data
 from griffin.errors import GriffinError, is_panic, one_line
 from griffin.files import whole_file
+from griffin.lora import Coverage, LoRA, add
 from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
+from griffin.quantize import quantization
 from griffin.tokenizer import Tokenizer
-from griffin.train.config import TrainConfig
-from griffin.train.display import Display, going_on, reporting
+from griffin.train.config import PAIRS, TrainConfig
+from griffin.train.display import Display, describe, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
-from griffin.train.optim import learning_rate, make_optimizer, set_learning_rate
+from griffin.train.optim import falling_from, learning_rate, make_optimizer, set_learning_rate
 from griffin.train.parallel import prepare_blocks
+from griffin.train.reading import objective_of, read_data
+from griffin.train.results import Written, best_of, save_best, take_best, write_results
 from griffin.train.snapshot import (
     Before,
     Progress,
     check_snapshot,
+    drop_after,
     latest,
     load_snapshot,
     newest_whole,
@@ -37,15 +43,20 @@ from griffin.train.snapshot import (
     save_snapshot,
     set_aside,
 )
-from griffin.train.source import BITS_PER_BYTE, LOSS, Source, TextSource
+from griffin.train.source import Prepared, Source, check_data, prepared
+from griffin.train.start import Start
 from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
+from griffin.train.trained import AdapterOnly, AllWeights, StartOnly, Trained, needed_files
 
 MOST_SKIPPED = 100  # in a row: the run has diverged
 # Fields that may change on resuming, and decide how the next steps change the weights.
 SCHEDULE = ["steps", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "betas", "eps", "grad_clip"]
+SCHEDULE += ["schedule", "decay_steps", "beta"]
+MOST_SHOWN = 10  # examples that cannot be used, of those left out
 
-Sampler = Callable[[Griffin, Tokenizer, str], str]  # a prompt to a text; training itself knows no sampling
+# A model, its tokenizer and a prompt (and state=, where one is tuned) to a text; training itself knows no sampling.
+Sampler = Callable[..., str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +66,11 @@ class Result:
     step: int
     finished: bool  # False: it was told to stop, and goes on with resume=True
     signal: int | None = None  # that told it to stop
-    model_folder: Path | None  # run/model; None unless finished
-    validation_bits_per_byte: float | None  # the last one measured
+    model_folder: Path | None  # run/model; None unless finished, or where an adapter cannot be merged
+    adapter_folder: Path | None = None  # run/adapter, of LoRA
+    state_file: Path | None = None  # run/state.safetensors, of state tuning
+    measured: dict[str, float] = field(default_factory=dict)  # at the last validation; of the best, where that is kept
+    validation_bits_per_byte: float | None  # of `measured`
     seconds: float  # of training, over all sessions
 
 
@@ -79,7 +93,7 @@ def train(
         config: what to train on what.
         run: the run's folder; it is made.
         resume: go on from the newest checkpoint; from the beginning where there is none yet.
-        source: of the batches, on config.device; None: the text of config.train_data. Another source is all that is
+        source: of the batches, on config.device; None: the data of config.train_data. Another source is all that is
             read then: train_data is its name, and no more.
         sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown. An
             error of it is shown too, and the run goes on.
@@ -90,20 +104,18 @@ def train(
             needs more than this machine has; or MOST_SKIPPED steps in a row had a loss or gradient that is not finite.
     """
     run = Path(run)
-    if not resume and (newest := latest(run)) is not None:
-        raise GriffinError(
-            f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
-        )
+    check_new(run, resume)
     checkpoint.check_place(run / "model", overwrite=True)  # where it will be written; after training is too late to ask
-    newest, damaged = newest_whole(run)
+    newest, damaged = newest_whole(run, needed_files(config))
     if config.tensorboard:
         check_tensorboard()
     device = find_device(config.device)
     if config.threads is not None:
         check_threads(config.threads)
-    # Once there is a checkpoint, the model that the run began with is not needed any more.
-    start = newest if newest is not None or config.init_from is None else checkpoint.resolve(config.init_from)
-    if start is not None and (config.model is None or newest is None):
+    # Once there is a checkpoint of all weights, the model that the run began with is not needed any more.
+    whole = newest is not None and not config.partial
+    start = newest if whole or config.init_from is None else checkpoint.resolve(config.init_from)
+    if start is not None and (config.model is None or not whole):
         stored = checkpoint.read_config(start)
         if config.model not in (None, stored):
             raise GriffinError(f"{config.init_from} is of another config than model=; leave model=None to take its own")
@@ -115,25 +127,52 @@ def train(
             f"{run} has done {before.step} steps, more than steps={config.steps}: give as many or more, "
             "or begin anew in another folder (--run DIR)"
         )
+    back = None
+    if before is not None and (branch := _branch(before, config)) is not None:
+        newest, _ = newest_whole(run, needed_files(config), branch)
+        if newest is None:
+            raise GriffinError(
+                f"{run} has no checkpoint of step {branch}, from which its rate fell: a longer run goes on from there; "
+                f"leave steps={before.config['steps']}, or begin anew in another folder (--run DIR)"
+            )
+        back, before = before.step, check_snapshot(newest, config)
     with going_on(console or Console()) as console, only_process(run):
         remove_leftovers(run)
+        if back is not None:
+            assert newest is not None
+            assert before is not None
+            drop_after(run, before.step)
+            console.print(
+                f"the run's rate fell from step {before.step} on, up to step {back}: a longer one goes on from step "
+                f"{before.step}, so that the rate does not jump",
+                markup=False,
+                soft_wrap=True,
+            )
         for folder, why in damaged.items():
             console.print(f"{why}: going on from the one before ({set_aside(folder)} is what it was)", markup=False)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        if source is None:
-            assert config.model is not None
+        read_from: Data | Source
+        if source is not None:
+            read_from = source
+        else:
             with reporting(console) as report:
-                data = prepare(
-                    config.train_data,
-                    run / "data",
-                    tokenizer=config.tokenizer or str(start),
-                    validation=config.validation_data,
-                    expected=None if before is None else before.data,
-                    report=report,
-                )
-            source = TextSource(config, config.model, data, torch.device(device))
-        return _Run(config, run, source, console, sampler, newest, before).go()
+                expected = None if before is None else before.data
+                read_from, bad = read_data(config, run, start, expected, report)
+            for text in bad[:MOST_SHOWN]:
+                console.print(f"left out: {text}", markup=False, soft_wrap=True)
+            if len(bad) > MOST_SHOWN:
+                left = f"{len(bad) - MOST_SHOWN} more, named in {run / 'data' / MANIFEST}"
+                console.print(f"left out: {left}", markup=False)
+        return _Run(config, run, read_from, console, sampler, newest, before).go()
+
+
+def check_new(run: Path, resume: bool) -> None:
+    """Raise GriffinError if a folder has a run, and that is not to be gone on with."""
+    if not resume and (newest := latest(run)) is not None:
+        raise GriffinError(
+            f"{run} has a run, at {newest.name}: go on with it (--resume), or give another folder (--run DIR)"
+        )
 
 
 class _Run:
@@ -143,33 +182,53 @@ class _Run:
         self,
         config: TrainConfig,
         run: Path,
-        source: Source,
+        data: Data | Source,
         console: Console,
         sampler: Sampler | None,
         newest: Path | None,
         before: Before | None,
     ) -> None:
         assert config.model is not None
-        self.config, self.run, self.source, self.sampler = config, run, source, sampler
+        self.config, self.run, self.sampler = config, run, sampler
         self.device = torch.device(find_device(config.device))
+        if isinstance(data, Data):
+            check_data(config, config.model, data)
+        elif data.tokenizer is None and config.partial:
+            raise GriffinError("a source without text trains all weights: adapters and states have a tokenizer's files")
         self.newest, self.before = newest, before
         if self.device.type == "cpu":
             keep_freed_memory() if config.recompute == "none" else return_freed_memory()
-        self.model = _make_model(config, config.model, self.device, None if newest is not None else config.init_from)
+        init_from = config.init_from if newest is None or config.partial else None
+        self.model = _make_model(config, config.model, self.device, init_from)
+        self.start = None
+        if config.state_tokens:
+            self.model.requires_grad_(False)
+            assert data.tokenizer is not None
+            self.start = Start(self.model, _state_ids(config, data.tokenizer))
+        self.coverage = None if config.lora is None else _adapt(self.model, config.lora, config.seed)
+        self.trained = _trained(config, self.model, self.start, data.tokenizer)
+        self.objective = objective_of(config, self.start)
+        fresh = newest is None or config.partial
+        self.source: Source = (
+            prepared(config, run, data, self.objective, self.model if fresh else None, self.device)
+            if isinstance(data, Data)
+            else data
+        )
         prepare_blocks(self.model, recompute=config.recompute, compiled=config.compile)
-        self.optimizer = make_optimizer(self.model.named_parameters(), config)
+        self.optimizer = make_optimizer(self.trained.parameters().items(), config)
         self.peak_flops = config.peak_flops or peak_flops(self.device)
         self.flops_per_token = flops_per_token(config.model, config.row_tokens)
+        self.falls = falling_from(config)
         self.progress = Progress()
         self.display = Display(console, config.steps)
         self.width, self.encoding = console.width, console.encoding
-        self.bits_per_byte: float | None = None
+        self.measured: dict[str, float] = {}
 
     def go(self) -> Result:
         config, progress, newest = self.config, self.progress, self.newest
         if newest is not None:
             self.progress, changes = load_snapshot(
-                newest, config, self.source.fingerprint(), self.model, self.optimizer
+                newest, config, self.source.fingerprint(), self.trained, self.optimizer
             )
             progress = self.progress
             self.display.say(f"going on from step {progress.step} ({newest})")
@@ -185,7 +244,7 @@ class _Run:
                     self._begin()
                 while progress.step < config.steps and not stop.requested:
                     self._step()
-                    due = progress.step % config.checkpoint_every == 0 or progress.step == config.steps
+                    due = progress.step % config.checkpoint_every == 0 or progress.step in (self.falls, config.steps)
                     if due or stop.requested:
                         self._save()
         finally:
@@ -206,11 +265,19 @@ class _Run:
         return [*texts[:-1], f"{texts[-1]}; the learning rate goes on from {then:.3g} with {rate:.3g}"]
 
     def _begin(self) -> None:
+        config, source = self.config, self.source
         self.display.say(
-            f"model      {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f}M parameters, "
+            f"model      {self.model.config.num_parameters() / 1e6:.2f}M parameters, "
             f"{self.model.config.num_layers} layers\n"
-            f"data       {self.source.describe()}"
+            f"data       {source.describe()}"
         )
+        if self.coverage is not None:
+            self.display.say(f"adapter    {self.coverage}")
+        if self.start is not None:
+            numbers = sum(value.numel() for value in self.start.parameters())
+            self.display.say(f"state      {numbers:,} numbers are trained, of {self.start.num_tokens} tokens")
+        if isinstance(source, Prepared) and config.objective != "text":
+            self.display.show(describe(source.data, source.rows, source.lost, config))
         self._sample("before training")
         self._validate()
 
@@ -218,13 +285,17 @@ class _Run:
         config, progress = self.config, self.progress
         began = time.perf_counter()
         set_learning_rate(self.optimizer, rate := learning_rate(progress.step, config))
-        result = take_step(self.model, self.optimizer, self.source.batches(progress.step), config.grad_clip)
+        if config.lora is not None and config.lora.dropout:  # what is dropped is a function of the step, too
+            torch.manual_seed(config.seed + (progress.step << 20))
+        result = take_step(
+            self.model, self.objective, self.optimizer, self.source.batches(progress.step), config.grad_clip
+        )
         self._count(result)
         progress.seconds += (seconds := time.perf_counter() - began)
         if result.taken:
             rate_of_tokens = result.num_tokens / seconds
             self.display.step(
-                progress.step, result.nats / max(1, result.num_tokens), rate_of_tokens, self._mfu(rate_of_tokens)
+                progress.step, result.loss / max(1, result.count), rate_of_tokens, self._mfu(rate_of_tokens)
             )
         if progress.step % config.log_every == 0 or progress.step == config.steps:
             self._log(rate, result, seconds)
@@ -243,16 +314,16 @@ class _Run:
         if result.taken:
             progress.optimizer_steps += 1
             progress.tokens += result.num_tokens
-            progress.logged_nats += result.nats
-            progress.logged_tokens += result.num_tokens
+            progress.logged_nats += result.loss
+            progress.logged_tokens += result.count
             progress.skipped_in_a_row = 0
             return
         progress.skipped += 1
-        if not result.num_tokens:
+        if not result.count:
             self.display.say(f"step {progress.step} skipped: its rows have no token to predict")
             return
         progress.skipped_in_a_row += 1
-        self.display.say(f"step {progress.step} skipped: loss {result.nats}, gradient norm {result.grad_norm}")
+        self.display.say(f"step {progress.step} skipped: loss {result.loss}, gradient norm {result.grad_norm}")
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             raise GriffinError(
                 f"{MOST_SKIPPED} steps in a row had a loss or gradient that is not finite, up to step {progress.step}: "
@@ -278,24 +349,30 @@ class _Run:
         progress.logged_nats, progress.logged_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        measured = self.source.measure(self.model)
-        self.bits_per_byte = measured.get(BITS_PER_BYTE)
-        step = self.progress.step
-        self.metrics.write({"step": step, **measured})
+        self.measured = dict(self.source.measure(self.model))
+        step, rest = self.progress.step, dict(self.measured)
+        self.metrics.write({"step": step, **{f"validation_{name}": value for name, value in self.measured.items()}})
         rate = self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
         speed = f"  {rate:,.0f} tokens/s" if rate else ""
-        others = "".join(
-            f"  {value:.3f} {'bits/byte' if name == BITS_PER_BYTE else name}"
-            for name, value in measured.items()
-            if name != LOSS
-        )
-        self.display.say(f"step {step:6d}  validation {measured[LOSS]:.3f} nats/token{others}{speed}")
+        loss = rest.pop("loss")
+        unit = "nats/pair" if self.config.objective in PAIRS else "nats/token"
+        texts = [f"{value:.3f} {name.replace('bits_per_byte', 'bits/byte')}" for name, value in rest.items()]
+        best = " *" if self._keep_best(loss) else ""
+        self.display.say("  ".join([f"step {step:6d}", f"validation {loss:.3f} {unit}", *texts]) + speed + best)
+
+    def _keep_best(self, loss: float) -> bool:
+        """Keep what is trained if it is the best so far."""
+        if not self.config.keep_best or not loss < best_of(self.run):
+            return False
+        save_best(self.run, self.trained, self.progress.step, loss)
+        return True
 
     def _sample(self, when: str) -> None:
         if self.sampler is None or self.source.tokenizer is None:
             return
         try:
-            text = self.sampler(self.model, self.source.tokenizer, self.config.sample_prompt)
+            begun = {} if self.start is None else {"state": self.start.state()}
+            text = self.sampler(self.model, self.source.tokenizer, self.config.sample_prompt, **begun)
         except BaseException as error:  # whatever it is: a sample is only shown
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
@@ -321,27 +398,64 @@ class _Run:
             self.run,
             self.config,
             self.source.fingerprint(),
-            self.model,
+            self.trained,
             self.optimizer,
             self.progress,
-            self.source.tokenizer,
+            self.falls,
         )
 
     def _end(self, signal: int | None) -> Result:
         finished = self.progress.step >= self.config.steps
-        folder = self.run / "model" if finished else None
-        if folder is not None:
-            checkpoint.save(self.model, folder, self.source.tokenizer, overwrite=True)
+        written = Written()
+        if finished:
+            if self.config.keep_best:
+                step = take_best(self.run, self.trained)
+                self.display.say(f"the best at validation was step {step}: that is written")
+                self.measured = dict(self.source.measure(self.model))
+            written = write_results(self.config, self.run, self.model, self.trained, self.start, self.source.tokenizer)
+            for note in written.notes:
+                self.display.say(note)
             self._sample("after training")
             self._curve()
         return Result(
             step=self.progress.step,
             finished=finished,
             signal=signal,
-            model_folder=folder,
-            validation_bits_per_byte=self.bits_per_byte,
+            model_folder=written.model,
+            adapter_folder=written.adapter,
+            state_file=written.state,
+            measured=self.measured,
+            validation_bits_per_byte=self.measured.get("bits_per_byte"),
             seconds=self.progress.seconds,
         )
+
+
+def _trained(config: TrainConfig, model: Griffin, start: Start | None, tokenizer: Tokenizer | None) -> Trained:
+    if config.lora is not None:
+        assert tokenizer is not None
+        return AdapterOnly(model, tokenizer, str(config.init_from))
+    return AllWeights(model, tokenizer) if start is None else StartOnly(start)
+
+
+def _adapt(model: Griffin, how: LoRA, seed: int) -> Coverage:
+    coverage = add(model, how, torch.Generator(model.device).manual_seed(seed))
+    model.train()  # dropout; the model itself has nothing that differs
+    return coverage
+
+
+def _state_ids(config: TrainConfig, tokenizer: Tokenizer) -> list[int]:
+    """What a state has read before it is trained: so many tokens, the text again and again."""
+    ids = tokenizer.encode(config.state_prompt) or list(tokenizer.stop_ids[:1]) or [0]
+    return (ids * config.state_tokens)[: config.state_tokens]
+
+
+def _branch(before: Before, config: TrainConfig) -> int | None:
+    """Where a run whose wsd schedule had begun to fall goes on, if it is to be longer now."""
+    if before.config.get("schedule") != "wsd" or config.schedule != "wsd" or before.config["steps"] == config.steps:
+        return None
+    names = ("steps", "warmup_steps", "decay_steps")
+    branch = falling_from(replace(config, **{name: before.config[name] for name in names}))
+    return branch if branch is not None and before.step > branch else None
 
 
 def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device, init_from: str | None) -> Griffin:
@@ -349,7 +463,13 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
     if init_from is None:
         generator = torch.Generator(device).manual_seed(config.seed)
         return Griffin(model, device=device, activation_dtype=activations, generator=generator)
-    loaded = checkpoint.load(init_from, device=device, dtype=torch.float32)
+    form = config.base if config.base in ("int8", "int4") else None
+    kind = torch.bfloat16 if config.base == "bf16" else torch.float32
+    loaded = checkpoint.load(init_from, device=device, dtype=kind, quantize=form)
+    if not config.partial and (stored := quantization(loaded)) is not None:
+        raise GriffinError(
+            f"{init_from} is {stored.name}: its weights cannot be trained; adapters over them can (lora)"
+        )
     loaded.activation_dtype = activations
     return loaded
 
@@ -358,8 +478,9 @@ def _check_memory(config: TrainConfig, device: str) -> None:
     """Refuse what cannot be trained here, by what is needed at the least."""
     assert config.model is not None
     num_parameters = config.model.num_parameters()
-    # fp32 weights, their gradients and AdamW's two averages.
-    check_memory(f"training a model of {num_parameters:,} parameters", 16 * num_parameters, device)
+    # fp32 weights, their gradients and AdamW's two averages; or only weights that stay.
+    each = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}[config.base] if config.partial else 16.0
+    check_memory(f"training a model of {num_parameters:,} parameters", int(each * num_parameters), device)
     # A batch has three whole numbers of 8 bytes a token, and every batch of a step is there at once; the first layer's
     # input is in the activations' dtype.
     tokens = config.batch_rows * config.row_tokens

@@ -50,16 +50,28 @@ def _count_writes(optimizer: torch.optim.Optimizer, args: object, kwargs: object
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Give the rate of a step, counted from 0: a straight line up to the peak, then half a cosine down.
+    """Give the rate of a step, counted from 0: a straight line up to the peak, then as config.schedule says.
 
-    Step `config.warmup` has the peak; the last step has min_learning_rate times it.
+    Step `config.warmup` has the peak; the last step has min_learning_rate times it. "cosine": half a cosine in between.
+    "wsd" (warm-up, stable, decay): the peak, and a straight line down over the last `config.decay` steps; with none of
+    those it stays at the peak, whatever `steps` are, so that a run can go on without end.
+
+    Source: wsd, MiniCPM, arXiv:2404.06395, section 4.
     """
     peak, warmup = config.learning_rate, config.warmup
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
     low = config.min_learning_rate
+    if config.schedule == "wsd":
+        left = max(0, config.steps - 1 - step)  # steps behind this one
+        return peak if left >= config.decay else peak * (low + (1 - low) * left / config.decay)
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
     return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def falling_from(config: TrainConfig) -> int | None:
+    """The step from which on a wsd schedule falls: where a longer run branches off. None: it does not fall."""
+    return config.steps - config.decay if config.schedule == "wsd" and config.decay else None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from griffin import checkpoint
 from griffin.checkpoint.layout import CONFIG
 from griffin.checksums import SUMS, read_sums, verify, write_sums
 from griffin.errors import GriffinError
 from griffin.files import remove_folder, save_tensors, whole_folder
-from griffin.model import Griffin
 from griffin.reading import read_json
-from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig, config_from_json
+from griffin.train.trained import Trained
 
 FORMAT = "griffin-train-1"
 OPTIMIZER, STATE = "optimizer.safetensors", "train_state.json"
@@ -37,6 +36,7 @@ _AVERAGES = ("exp_avg", "exp_avg_sq")
 # Fields of TrainConfig that decide what step N + 1 reads or what the files mean; the data has a fingerprint of its own.
 # The others may change on resuming; the run is then no longer the one that would have been without the break.
 FIXED = ("model", "batch_rows", "row_tokens", "grad_accumulation", "dtype", "seed")
+TUNING = ("objective", "lora", "state_tokens", "state_prompt", "base", "long")  # likewise
 
 
 @dataclass
@@ -57,15 +57,16 @@ def save_snapshot(
     run: Path,
     config: TrainConfig,
     data: str,
-    model: Griffin,
+    trained: Trained,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    tokenizer: Tokenizer | None,
+    keep: int | None = None,
 ) -> Path:
     """Write the checkpoint of `progress.step`, whole or not at all, then remove all but the newest.
 
     Args:
         data: the fingerprint of what the run reads.
+        keep: a step whose checkpoint is not removed, however old.
     """
     folder = run / "checkpoints" / f"step_{progress.step:08d}"
     state = {
@@ -78,17 +79,25 @@ def save_snapshot(
         "threads": torch.get_num_threads(),
     }
     with whole_folder(folder) as temporary:
-        checkpoint.write_files(temporary, model.config, model.state_dict(), tokenizer)
-        save_tensors(_averages(model, optimizer), temporary / OPTIMIZER, {"format": "pt"})
+        trained.write(temporary)
+        save_tensors(_averages(trained, optimizer), temporary / OPTIMIZER, {"format": "pt"})
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_sums(temporary)
     for old in snapshots(run)[: -config.keep_checkpoints]:
-        remove_folder(old)
+        if _step(old) != keep:
+            remove_folder(old)
     return folder
 
 
-def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
+def newest_whole(
+    run: Path, needed: Sequence[str] = (CONFIG,), before: int | None = None
+) -> tuple[Path | None, dict[Path, str]]:
     """Find the newest checkpoint whose files are what was written; None where there are no checkpoints.
+
+    Args:
+        run: the run's folder.
+        needed: files that each must have, besides the optimizer's and the state's.
+        before: of steps up to this one only; None: of all.
 
     Returns:
         It, and those after it, with what is wrong with each: damage, or files of another checkpoint.
@@ -98,10 +107,12 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     damaged: dict[Path, str] = {}
     for folder in reversed(snapshots(run)):
+        if before is not None and _step(folder) > before:
+            continue
         try:
             sums = read_sums(folder)
-            verify(folder, [CONFIG, OPTIMIZER, STATE, *sums], mend="it is not used")
-            ours = {CONFIG, OPTIMIZER, STATE, *(path.name for path in folder.glob("*.safetensors"))}
+            verify(folder, [*needed, OPTIMIZER, STATE, *sums], mend="it is not used")
+            ours = {*needed, OPTIMIZER, STATE, *(path.name for path in folder.glob("*.safetensors"))}
             if (folder / SUMS).exists() and (missing := ours - sums.keys()):
                 raise GriffinError(f"{folder / SUMS} does not vouch for {min(missing)}; it is not used")
             if (step := _read_state(folder / STATE)["progress"]["step"]) != _step(folder):
@@ -114,6 +125,13 @@ def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
         first = next(iter(damaged.values()))
         raise GriffinError(f"{run} has no whole checkpoint: {first}; begin anew in another folder (--run DIR)")
     return None, damaged
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Remove the checkpoints behind a step: the run goes on from that one another way."""
+    for folder in snapshots(run):
+        if _step(folder) > step:
+            remove_folder(folder)
 
 
 def set_aside(folder: Path) -> Path:
@@ -146,9 +164,9 @@ def check_snapshot(folder: Path, config: TrainConfig) -> Before:
 
 
 def load_snapshot(
-    folder: Path, config: TrainConfig, data: str, model: Griffin, optimizer: torch.optim.Optimizer
+    folder: Path, config: TrainConfig, data: str, trained: Trained, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, list[str]]:
-    """Put a checkpoint into a model and its optimizer.
+    """Put a checkpoint into what is trained and its optimizer.
 
     Returns:
         The progress, and what differs from the machine it was written on: then the results need not be the same bits.
@@ -164,14 +182,9 @@ def load_snapshot(
             f"{folder} was trained on other data ({state['data'][:12]}, now {data[:12]}): "
             "bring the text back as it was, or begin anew in another folder"
         )
-    stored = checkpoint.load(folder, device=model.embedding.device)
-    if stored.config != model.config:
-        raise GriffinError(f"{folder} holds a model of another config: {_differences(stored.config, model.config)}")
-    with torch.no_grad():
-        for parameter, other in zip(model.parameters(), stored.parameters(), strict=True):
-            parameter.copy_(other)
+    trained.read(folder)
     progress = Progress(**state["progress"])
-    _load_averages(folder / OPTIMIZER, model, optimizer, progress.optimizer_steps)
+    _load_averages(folder / OPTIMIZER, trained.parameters(), optimizer, progress.optimizer_steps)
     now = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     return progress, [f"{name} was {state[name]}, is {value}" for name, value in now.items() if state[name] != value]
 
@@ -200,13 +213,21 @@ def remove_leftovers(run: Path) -> None:
 def fingerprint(config: TrainConfig) -> str:
     """A sha256 of the fields that may not change within a run."""
     values = asdict(config)
-    return hashlib.sha256(json.dumps([values[name] for name in FIXED], sort_keys=True).encode()).hexdigest()
+    fixed: list[Any] = [values[name] for name in FIXED]
+    # Of what came later only what is set: older checkpoints have no trace of it.
+    later = {each.name: values[each.name] for each in fields(config) if each.name in TUNING}
+    changed = {name: value for name, value in later.items() if value != _default(name)}
+    return hashlib.sha256(json.dumps(fixed + [changed] * bool(changed), sort_keys=True).encode()).hexdigest()
 
 
-def _averages(model: Griffin, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _default(name: str) -> Any:
+    return next(each.default for each in fields(TrainConfig) if each.name == name)
+
+
+def _averages(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state by name; zeros before its first step."""
     averages = {}
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained.parameters().items():
         state = optimizer.state.get(parameter, {})
         for kind in _AVERAGES:
             average = state.get(kind)
@@ -214,14 +235,16 @@ def _averages(model: Griffin, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     return {name: average.detach().cpu().contiguous() for name, average in averages.items()}
 
 
-def _load_averages(file: Path, model: Griffin, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def _load_averages(
+    file: Path, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
+) -> None:
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise GriffinError(
             f"{file} cannot be read ({error}); remove {file.parent} to go on from the one before"
         ) from error
-    expected = {f"{kind}.{name}": p for name, p in _trained(model).items() for kind in _AVERAGES}
+    expected = {f"{kind}.{name}": p for name, p in trained.items() for kind in _AVERAGES}
     if stored.keys() != expected.keys():
         name = min(stored.keys() ^ expected.keys())
         raise GriffinError(f"{file}: {name!r} is {'not in it' if name in expected else 'not one of this model'}")
@@ -231,14 +254,10 @@ def _load_averages(file: Path, model: Griffin, optimizer: torch.optim.Optimizer,
                 f"{file}: {name} is {tuple(stored[name].shape)} {stored[name].dtype}, "
                 f"the model needs {tuple(parameter.shape)} {parameter.dtype}"
             )
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained.items():
         averages = {kind: stored[f"{kind}.{name}"].to(parameter.device) for kind in _AVERAGES}
         count = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": count, **averages}
-
-
-def _trained(model: Griffin) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _read_state(file: Path) -> dict[str, Any]:
@@ -271,6 +290,7 @@ def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> N
     if isinstance(then.get("model"), dict) and isinstance(now["model"], dict):
         differing = {f"model.{key}": (then["model"].get(key), value) for key, value in now.pop("model").items()}
     differing |= {key: (then.get(key), now[key]) for key in FIXED if key in now}
+    differing |= {key: (then.get(key, _default(key)), now[key]) for key in TUNING}
     texts = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing.items() if a != b]
     raise GriffinError(f"{folder} is of another run: {'; '.join(texts)}. Give these as they were, or another --run")
 
@@ -281,9 +301,4 @@ def _same_fixed(folder: Path, state: dict[str, Any], config: TrainConfig) -> boo
         then = config_from_json(json.dumps(state["config"]), str(folder))
     except GriffinError:  # a field of then is none of today's
         return False
-    return all(getattr(then, name) == getattr(config, name) for name in FIXED)
-
-
-def _differences(a: Any, b: Any) -> str:
-    pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
-    return "; ".join(f"{name} was {x!r}, is {y!r}" for name, x, y in pairs if x != y)
+    return fingerprint(then) == fingerprint(config)

@@ -1,23 +1,26 @@
-"""Where a run's batches come from, and what it is measured on. A text is one such source; see `Source` for others."""
+"""Where a run's batches come from, and what it is measured on: prepared data, or any other `Source`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from griffin.config import GriffinConfig
+from griffin.data.batches import Lost, Rows
 from griffin.data.order import step_rows
-from griffin.data.packing import Batch, count_rows, pack
+from griffin.data.packing import Batch
 from griffin.data.prepare import Data
 from griffin.errors import GriffinError
 from griffin.model import Griffin
 from griffin.score import Validation
 from griffin.tokenizer import Tokenizer
 from griffin.train.config import TrainConfig
-
-LOSS, BITS_PER_BYTE = "validation_loss", "validation_bits_per_byte"
+from griffin.train.objective import Objective
+from griffin.train.reading import reference_of, rows_of
 
 
 class Source(Protocol):
@@ -37,64 +40,82 @@ class Source(Protocol):
         """The batches whose gradients make step `step` (from 0), on the model's device."""
 
     def measure(self, model: Griffin) -> Mapping[str, float]:
-        """Numbers by name for the metrics: LOSS in nats per predicted token, BITS_PER_BYTE where there is text."""
+        """Numbers by name for the metrics: "loss", the mean, and what else the model is judged by."""
 
 
-class TextSource:
-    """Rows of packed documents, in an order that is a function of (seed, step); validated on rows that are held out.
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Rows of prepared data, in an order that is a function of (seed, step), and rows that are held out."""
 
-    Raises:
-        GriffinError: the tokenizer does not fit the model, or there is too little text.
-    """
-
-    def __init__(self, config: TrainConfig, model: GriffinConfig, data: Data, device: torch.device) -> None:
-        if data.tokenizer.vocab_size > model.vocab_size:
-            raise GriffinError(
-                f"the tokenizer has {data.tokenizer.vocab_size} ids, the model only model.vocab_size={model.vocab_size}"
-            )
-        if (num_tokens := data.train.meta.num_tokens) <= config.row_tokens:
-            raise GriffinError(
-                f"{config.train_data}: {num_tokens} tokens to train on are less than one row and its next token "
-                f"(row_tokens={config.row_tokens}); give more text, or set row_tokens lower"
-            )
-        self._config, self._data, self._device = config, data, device
-        self._num_rows = count_rows(data.train, config.row_tokens)
-        self._validation = Validation.of(
-            data.validation,
-            data.tokenizer,
-            num_rows=config.validation_rows,
-            row_tokens=config.row_tokens,
-            batch_rows=config.batch_rows,
-            device=device,
-        )
+    config: TrainConfig
+    data: Data
+    rows: Rows
+    lost: Lost | None  # of the examples; None: nothing
+    validation: Validation
+    objective: Objective
+    device: torch.device
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._data.tokenizer
+        return self.data.tokenizer
 
     def fingerprint(self) -> str:
-        return self._data.fingerprint()
+        return self.data.fingerprint()
 
     def describe(self) -> str:
-        config, meta = self._config, self._data.train.meta
-        epochs = config.steps * config.grad_accumulation * config.batch_rows / self._num_rows
+        config, meta = self.config, self.data.train.meta
+        epochs = config.steps * config.grad_accumulation * config.batch_rows / self.rows.count
         return (
             f"{meta.num_bytes / 1e6:.2f} MB of text, {meta.num_tokens:,} tokens "
             f"({meta.num_bytes / meta.num_tokens:.2f} bytes each), seen {epochs:.2f} times"
         )
 
     def batches(self, step: int) -> list[Batch]:
-        config = self._config
-        first = step * config.grad_accumulation
+        config, count = self.config, self.rows.count
+        parts = range(step * config.grad_accumulation, (step + 1) * config.grad_accumulation)
         return [
-            pack(
-                self._data.train,
-                step_rows(self._num_rows, config.batch_rows, first + part, seed=config.seed),
-                config.row_tokens,
-            ).to(self._device)
-            for part in range(config.grad_accumulation)
+            self.rows.batch(step_rows(count, config.batch_rows, part, seed=config.seed)).to(self.device)
+            for part in parts
         ]
 
     def measure(self, model: Griffin) -> dict[str, float]:
-        loss, bits_per_byte = self._validation.measure(model)
-        return {LOSS: loss, BITS_PER_BYTE: bits_per_byte}
+        return self.objective.measure(model, self.validation)
+
+
+def prepared(
+    config: TrainConfig, run: Path, data: Data, objective: Objective, before: Griffin | None, device: torch.device
+) -> Prepared:
+    """The rows that an objective reads of prepared data.
+
+    Args:
+        config: of the run.
+        run: its folder, which keeps what the model before training says of preference pairs.
+        data: of the run.
+        objective: measures the rows held out.
+        before: the model before training; None where it is not there any more.
+        device: the model's.
+    """
+    known = reference_of(config, run, data, before) or {}
+    rows, lost = rows_of(config, data.train, known.get("train"))
+    held_out, _ = rows_of(config, data.validation, known.get("validation"))
+    validation = Validation.over(
+        held_out,
+        data.tokenizer,
+        num_rows=config.validation_rows,
+        batch_rows=config.batch_rows,
+        device=device,
+        where=data.validation.folder,
+    )
+    return Prepared(config, data, rows, lost, validation, objective, device)
+
+
+def check_data(config: TrainConfig, model: GriffinConfig, data: Data) -> None:
+    if data.tokenizer.vocab_size > model.vocab_size:
+        raise GriffinError(
+            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model only model.vocab_size={model.vocab_size}"
+        )
+    if config.objective == "text" and (num_tokens := data.train.meta.num_tokens) <= config.row_tokens:
+        raise GriffinError(
+            f"{config.train_data}: {num_tokens} tokens to train on are less than one row and its next token "
+            f"(row_tokens={config.row_tokens}); give more text, or set row_tokens lower"
+        )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from griffin.data import text as data_text
 from griffin.data.prepare import prepare
 from griffin.data.shards import Shard, write_shard
-from griffin.data.text import Part, read_parts, split_point, text_files, training_part, validation_part
+from griffin.data.text import Part, divided, read_parts, split_point, text_files, training_part, validation_part
 from griffin.errors import GriffinError
 from griffin.tokenizer import Tokenizer
 
@@ -291,3 +291,18 @@ def test_folders_of_tokens_are_used_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "train" / "tokens.bin").write_bytes(b"\1\0\2\0\4\0")
     with pytest.raises(GriffinError, match=r"tokens\.bin has changed since it was written"):
         prepare(tmp_path / "train", tmp_path / "cache", tokenizer="bytes", validation=tmp_path / "train")
+
+
+@given(st.lists(st.text("ab|<>\n", max_size=12), min_size=1, max_size=6), st.integers(1, 5), st.booleans())
+def test_dividers_end_documents_wherever_parts_are_cut(texts: list[str], size: int, two: bool) -> None:
+    divider = "<|>"
+    whole = [divider.join(texts), "b<|"] if two else [divider.join(texts)]
+    parts = [
+        Part(number, text[at : at + size]) for number, text in enumerate(whole) for at in range(0, len(text), size)
+    ]
+    found: dict[int, str] = {}
+    for part in divided(parts, divider):
+        found[part.document] = found.get(part.document, "") + part.text
+    assert list(found.values()) == [text for each in whole for text in each.split(divider) if text]
+    assert list(found) == list(range(len(found)))
+    assert list(divided(parts, None)) == parts

@@ -351,12 +351,32 @@ def test_packing_of_int4_is_as_documented() -> None:
         assert (words[k % 16] >> 4 * (k // 16)) & 15 == int(w[0, k]) + 8
 
 
+@pytest.mark.parametrize("group", [None, 32, 128])
+@pytest.mark.parametrize(("rows", "dtype"), [((1,), torch.float32), ((2, 3), torch.float32), ((2, 40), torch.bfloat16)])
+@pytest.mark.parametrize(("K", "O"), [(200, 70), (64, 33000)])  # one panel; two
+def test_the_gradient_of_a_quantised_product(
+    group: int | None, rows: tuple[int, ...], dtype: torch.dtype, K: int, O: int
+) -> None:
+    weight = torch.randn(O, K)
+    q, scale = quantize_int8(weight) if group is None else quantize_int4(weight, group)
+    bias = torch.randn(O, requires_grad=True)
+    x = torch.randn(*rows, K, dtype=dtype).requires_grad_()
+    dy = torch.randn(*rows, O, dtype=dtype)
+    y = quantized_linear(x, q, scale, bias, group)
+    dx, db = torch.autograd.grad(y, (x, bias), dy)
+    assert torch.equal(y, quantized_linear(x.detach(), q, scale, bias.detach(), group))
+    wide = module.dequantize(q, scale, K, group).double()
+    wanted = dy.double() @ wide
+    assert dx.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert (dx.double() - wanted).norm() <= tolerance * wanted.norm()
+    assert torch.allclose(db.double(), dy.double().reshape(-1, O).sum(0), rtol=1e-4, atol=1e-4)
+
+
 def test_errors() -> None:
     q, scale = quantize_int8(torch.randn(4, 8))
     with pytest.raises(ValueError, match="x has 9 inputs"):
         quantized_linear(torch.randn(1, 9), q, scale, None, None)
-    with pytest.raises(ValueError, match="cannot be trained"):
-        quantized_linear(torch.randn(1, 8, requires_grad=True), q, scale, None, None)
     with pytest.raises(ValueError, match="group=48 must be one of 32, 64, 128"):
         quantize_int4(torch.randn(4, 8), 48)
     for bad in (torch.nan, torch.inf):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import griffin
 from griffin import PRESETS, Griffin
 from griffin.checksums import write_sums
-from griffin.data.packing import count_rows, pack
+from griffin.data.batches import Rows
+from griffin.data.packing import count_rows
 from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
 from griffin.train import loop, source
@@ -256,11 +257,19 @@ def test_a_run_reads_every_row_once_per_epoch(
     config = replace(config, grad_accumulation=3, sample_every=7)
     read: list[int] = []
 
-    def recording_pack(shard: Any, rows: list[int], row_tokens: int) -> Any:
-        read.extend(rows)
-        return pack(shard, rows, row_tokens)
+    rows_of = source.rows_of
 
-    monkeypatch.setattr(source, "pack", recording_pack)
+    def recording(config: TrainConfig, shard: Any, *arguments: Any) -> Any:
+        rows, lost = rows_of(config, shard, *arguments)
+
+        def batch(numbers: list[int]) -> Any:
+            if shard.folder.name == "train":
+                read.extend(numbers)
+            return rows.batch(numbers)
+
+        return Rows(rows.count, batch), lost
+
+    monkeypatch.setattr(source, "rows_of", recording)
     run(config, tmp_path / "run", sampler=signals_on(2, signal.SIGINT))
     run(config, tmp_path / "run", resume=True)
     num_rows = count_rows(open_shard(tmp_path / "run" / "data" / "train"), config.row_tokens)

@@ -41,7 +41,7 @@ class Counting:
 
     def measure(self, model: Griffin) -> dict[str, float]:
         with torch.no_grad():
-            return {"validation_loss": float(nats(model, self.batches(10**6)[0])) / 24, "wisdom": 0.5}
+            return {"loss": float(nats(model, self.batches(10**6)[0])) / 24, "wisdom": 0.5}
 
 
 CONFIG = TrainConfig(
@@ -73,7 +73,7 @@ def test_a_run_learns_from_any_source(tmp_path: Path) -> None:
     assert result.validation_bits_per_byte is None
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in line]
     assert [line["step"] for line in lines] == list(range(0, 64, 4))
-    assert all(line["wisdom"] == 0.5 for line in lines)
+    assert all(line["validation_wisdom"] == 0.5 for line in lines)
     assert lines[-1]["validation_loss"] < lines[0]["validation_loss"] - 0.5
     assert "numbers that go up" in said
     assert "0.500 wisdom" in said

@@ -16,6 +16,7 @@ from griffin.errors import GriffinError
 from griffin.loss import NOT_COUNTED, cross_entropy
 from griffin.score import Validation
 from griffin.train.config import TrainConfig
+from griffin.train.objective import LanguageModel
 from griffin.train.optim import make_optimizer, set_learning_rate
 from griffin.train.step import take_step
 
@@ -65,10 +66,12 @@ def test_accumulated_batches_equal_the_big_batch(tmp_path: Path) -> None:
     for batches in ([whole], parts):
         model = Griffin(PRESETS["griffin-tiny"], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         optimizer = make_optimizer(model.named_parameters(), CONFIG)
-        results.append((take_step(model, optimizer, batches, 1.0), [p.detach() for p in model.parameters()]))
+        results.append(
+            (take_step(model, LanguageModel(), optimizer, batches, 1.0), [p.detach() for p in model.parameters()])
+        )
     (a, weights_a), (b, weights_b) = results
-    assert a.num_tokens == b.num_tokens
-    assert a.nats == pytest.approx(b.nats, rel=1e-12)
+    assert (a.count, a.num_tokens) == (b.count, b.num_tokens)
+    assert a.loss == pytest.approx(b.loss, rel=1e-12)
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-10)
     # AdamW's first step is a sign: where a gradient is all but zero it magnifies rounding.
     assert_close(weights_a, weights_b, rtol=0, atol=1e-6)
@@ -81,7 +84,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     model = make_model()
     batch = pack(shard_of(tmp_path, [64]), [0, 1], 16)
     optimizer = make_optimizer(model.named_parameters(), CONFIG)
-    assert take_step(model, optimizer, [batch], 1.0).taken
+    assert take_step(model, LanguageModel(), optimizer, [batch], 1.0).taken
     norm = model.model.final_norm.weight
     if where == "weight":
         norm.data[3] = torch.inf  # the loss is not finite
@@ -89,7 +92,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
         norm.register_hook(lambda gradient: gradient * torch.inf)  # the loss is, its gradient is not
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     averages = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
-    result = take_step(model, optimizer, [batch], 1.0)
+    result = take_step(model, LanguageModel(), optimizer, [batch], 1.0)
     assert not result.taken
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
@@ -105,7 +108,7 @@ def test_the_gradient_is_clipped(tmp_path: Path) -> None:
         model = Griffin(PRESETS["griffin-tiny"], generator=torch.Generator().manual_seed(0))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        result = take_step(model, optimizer, [batch], clip)
+        result = take_step(model, LanguageModel(), optimizer, [batch], clip)
         moved = torch.stack([(p.detach() - b).norm() for p, b in zip(model.parameters(), before, strict=True)]).norm()
         weights.append((float(moved), result.grad_norm))
     (clipped, norm), (free, norm_again) = weights
@@ -120,7 +123,8 @@ def test_one_batch_is_learnt_by_heart(tmp_path: Path) -> None:
     optimizer = make_optimizer(model.named_parameters(), CONFIG)
     set_learning_rate(optimizer, 1e-2)
     losses = [
-        result.nats / result.num_tokens for result in (take_step(model, optimizer, [batch], 1.0) for _ in range(120))
+        result.loss / result.count
+        for result in (take_step(model, LanguageModel(), optimizer, [batch], 1.0) for _ in range(120))
     ]
     assert losses[0] > 5
     assert losses[-1] < 0.02
@@ -156,8 +160,8 @@ def test_a_step_without_a_token_to_predict_changes_nothing(make_model: Callable[
     batch = pack(shard_of(tmp_path, [1] * 64), [0, 1], 16)
     assert not (batch.targets != NOT_COUNTED).any()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    result = take_step(model, optimizer, [batch, batch], 1.0)
-    assert (result.nats, result.num_tokens, result.taken) == (0.0, 0, False)
+    result = take_step(model, LanguageModel(), optimizer, [batch, batch], 1.0)
+    assert (result.loss, result.count, result.taken) == (0.0, 0, False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
     assert not optimizer.state
 
@@ -170,7 +174,9 @@ def test_gradients_left_behind_are_no_part_of_the_step(make_model: Callable[...,
         optimizer = make_optimizer(model.named_parameters(), CONFIG)
         if left:
             nats(model, batch).backward()
-        results.append((take_step(model, optimizer, [batch], 1.0), [p.detach() for p in model.parameters()]))
+        results.append(
+            (take_step(model, LanguageModel(), optimizer, [batch], 1.0), [p.detach() for p in model.parameters()])
+        )
         assert all(parameter.grad is None for parameter in model.parameters())
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
@@ -181,3 +187,28 @@ def test_validation_text_with_nothing_to_predict_is_refused_by_name(tmp_path: Pa
     how = {"num_rows": 2, "row_tokens": 4, "batch_rows": 1, "device": torch.device("cpu")}
     with pytest.raises(GriffinError, match="the text to validate on has nothing to predict"):
         Validation.of(shard, Tokenizer.bytes(), **how)  # type: ignore[arg-type]
+
+
+def test_a_target_that_does_not_count_has_no_gradient(make_model: Callable[..., Griffin]) -> None:
+    """Of a chat the answers count: the gradient is that of their logits alone, written out."""
+    model = make_model(dtype=torch.float64, logits_soft_cap=None)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 259, (2, 24), generator=generator)
+    targets = torch.randint(0, 259, (2, 24), generator=generator)
+    counted = torch.zeros(2, 24, dtype=torch.bool)
+    counted[0, 5:9], counted[1, 20:] = True, True
+    batch = Batch(tokens, torch.where(counted, targets, NOT_COUNTED), torch.arange(24).expand(2, 24))
+    objective = LanguageModel()
+    assert objective.count(batch) == 8
+    gradients = torch.autograd.grad(objective.loss(model, batch), list(model.parameters()))
+
+    hidden = model(tokens)
+    logits = hidden @ model.embedding.T
+    wanted = (logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0])[counted].sum()
+    expected = torch.autograd.grad(wanted, list(model.parameters()))
+    assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+
+    other = Batch(tokens, torch.where(counted, targets, NOT_COUNTED), batch.positions)
+    other.tokens[0, 9:] = 7  # nothing counts behind it
+    again = torch.autograd.grad(objective.loss(model, other), list(model.parameters()))
+    assert_close(again, gradients, rtol=1e-12, atol=1e-14)
