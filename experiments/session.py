@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,6 +20,7 @@ from griffin.files import whole_file
 from griffin.train.config import TrainConfig
 from griffin.train.loop import train
 from griffin.train.metrics import METRICS, read_metrics
+from griffin.train.objective import Objective
 from griffin.train.snapshot import FIXED, latest
 from griffin.train.source import Source
 
@@ -43,6 +43,7 @@ class Run:
     source: Source | None  # None: the text of config.train_data
     about: Mapping[str, Any]  # what the results say of it besides: family, learning rate, seed
     segment: int | None
+    objective: Objective | None = None  # None: that of the config
     enough: Callable[[Sequence[Line]], bool] = lambda lines: False
 
 
@@ -107,7 +108,7 @@ class Session:
             raise GriffinError(f"{self.file}: {run.key!r} was run with another setup; remove the file to begin anew")
         if entry is not None and (entry["steps"] >= run.config.steps or entry["ended_early"]):
             return entry
-        folder = self.runs / run.key.replace(" ", "-")
+        folder = self.folder(run.key)
         clock = folder.with_name(f"{folder.name}.seconds.json")  # not in the run's folder: the loop wants that empty
         seconds = json.loads(clock.read_text()) if clock.exists() and folder.exists() else {"cpu": 0.0, "wall": 0.0}
         newest = latest(folder)
@@ -125,6 +126,7 @@ class Session:
                 folder,
                 resume=True,
                 source=run.source,
+                objective=run.objective,
                 console=Console(file=io.StringIO(), width=80),
             )
             seconds = {
@@ -151,9 +153,9 @@ class Session:
         self.record(run.key, entry)
         return self.results["runs"][run.key]
 
-    def forget(self, key: str) -> None:
-        """Remove a run's checkpoints."""
-        shutil.rmtree(self.runs / key.replace(" ", "-"), ignore_errors=True)
+    def folder(self, key: str) -> Path:
+        """Of a run, with its checkpoints."""
+        return self.runs / key.replace(" ", "-")
 
     def _progress(self, run: Run, step: int, lines: Sequence[Line], seconds: Mapping[str, float]) -> str:
         last = next((line for line in reversed(lines) if "validation_loss" in line), {})
@@ -187,7 +189,8 @@ def _setup(run: Run) -> str:
 
 def _told(model: GriffinConfig | None) -> dict[str, Any]:
     """The fields that are not at their defaults, so that a field that comes to be later changes nothing."""
-    assert model is not None
+    if model is None:  # that of init_from
+        return {}
     return {each.name: v for each in fields(model) if (v := getattr(model, each.name)) != each.default}
 
 

@@ -19,6 +19,7 @@ from griffin.data.prepare import prepare
 from griffin.errors import GriffinError
 from griffin.train.config import TrainConfig
 from griffin.train.display import reporting
+from griffin.train.objective import Objective
 
 SHAKESPEARE = Path(__file__).parents[1] / "recipes" / "data" / "shakespeare.txt.xz"
 RATES = (
@@ -103,10 +104,13 @@ def text_run(
     rows: int,
     length: int,
     steps: int,
+    init_from: Path | None = None,
+    objective: Objective | None = None,
 ) -> Run:
     """AdamW (0.9, 0.95), decay 0.1 of linear layers, clipped to 1, 2% of warm-up, half a cosine to a tenth."""
     config = TrainConfig(
-        model=model,
+        model=model if init_from is None else None,
+        init_from=None if init_from is None else str(init_from),
         train_data=str(data.train),
         validation_data=str(data.validation),
         tokenizer="bytes",
@@ -132,7 +136,7 @@ def text_run(
         "length": length,
         "data": data.what,
     }
-    return Run(key=key, config=config, source=None, about={**told, **about}, segment=None)
+    return Run(key=key, config=config, source=None, about={**told, **about}, segment=None, objective=objective)
 
 
 def sweep(session: Session, make: Callable[[float], Run]) -> float:

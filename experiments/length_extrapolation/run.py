@@ -13,6 +13,7 @@ import torch
 
 from experiments.experiment import Experiment
 from experiments.families import NAMES
+from experiments.length_extrapolation.passed_states import PassedStates
 from experiments.markdown import table
 from experiments.results import Results
 from experiments.session import Run, Session
@@ -21,7 +22,9 @@ from experiments.verdict import Claim, judge
 from griffin import checkpoint
 from griffin.data.shards import open_shard
 from griffin.data.text import read_parts, text_files
+from griffin.errors import GriffinError
 from griffin.score import token_logprobs
+from griffin.train.snapshot import latest
 
 # Fixed before any result, in nats per byte. T: the length of the rows trained on.
 RISES = 0.3  # the Transformers, some bucket from 2 T on over the bucket T/2 .. T: more than
@@ -29,6 +32,9 @@ HOLDS = 0.01  # Griffin and Hawk, the bucket 4 T .. 8 T over T/2 .. T: at most
 FAMILIES = ("griffin", "hawk", "transformer", "nope")
 LONGER = {"griffin 4T": "griffin", "hawk 4T": "hawk"}  # trained on rows four times as long, as many tokens
 SHOWN = {**NAMES, "nope": "Transformer without positions", "griffin 4T": "Griffin, 4 T", "hawk 4T": "Hawk, 4 T"}
+SHOWN |= {"griffin cured": "Griffin, states passed on", "hawk cured": "Hawk, states passed on"}
+# The cure of arXiv:2507.02782, beside the plain verdict: more steps, from states that earlier rows left.
+CURED = {"griffin cured": "griffin", "hawk cured": "hawk"}
 RATE = RATES[1]  # E4's sweep decides; until it has run, its middle
 
 
@@ -38,23 +44,27 @@ class Size:
     length: int
     rows: int
     steps: int
+    cure_steps: int
     documents: int
     reach: int  # positions tested, in T
 
 
 SIZES = {
-    "smoke": Size(TINY, 32, 4, 20, 4, 16),
-    "cpu": Size(XS, 128, 32, 1600, 256, 16),
-    "gpu": Size(Width(256, 352, 6, 4), 512, 128, 1600, 256, 16),
+    "smoke": Size(TINY, 32, 4, 20, 5, 4, 16),
+    "cpu": Size(XS, 128, 32, 1600, 300, 256, 16),
+    "gpu": Size(Width(256, 352, 6, 4), 512, 128, 1600, 500, 256, 16),
 }
 
 
 def run(session: Session) -> None:
     size, data = SIZES[session.scale], texts(session)
-    session.total = (len(FAMILIES) + len(LONGER)) * session.num_seeds
+    session.total = (len(FAMILIES) + len(LONGER) + len(CURED)) * session.num_seeds
     for seed in range(session.num_seeds):
         for name in (*FAMILIES, *LONGER):
             each = _run(data, size, name, seed)
+            session.train(each, lambda folder: {"positions": by_position(folder, size, data)})
+        for name in CURED:
+            each = _cure(session, data, size, name, seed)
             session.train(each, lambda folder: {"positions": by_position(folder, size, data)})
 
 
@@ -71,6 +81,26 @@ def _run(data: Texts, size: Size, name: str, seed: int) -> Run:
         rows=size.rows // times,
         length=size.length * times,
         steps=size.steps,
+    )
+
+
+def _cure(session: Session, data: Texts, size: Size, name: str, seed: int) -> Run:
+    """Go on from the plain run, at a tenth of its rate."""
+    before = latest(session.folder(f"{CURED[name]} seed={seed}"))
+    if before is None:
+        raise GriffinError(f"the checkpoint of {CURED[name]} seed={seed} is gone: remove it from the results as well")
+    return text_run(
+        data,
+        family_config(CURED[name], size.width, size.length // 2),
+        key=f"{name} seed={seed}",
+        about={"family": name},
+        rate=scaled(RATE / 10, XS, size.width),
+        seed=seed,
+        rows=size.rows,
+        length=size.length,
+        steps=size.cure_steps,
+        init_from=before,
+        objective=PassedStates(),
     )
 
 
@@ -151,6 +181,18 @@ def verdict(results: Results) -> list[Claim]:
                 None if far is None or near is None else far < 0 <= near,
             )
         )
+    for name, plain in CURED.items():
+        done = there and len(entries(results, family=name)) >= 3
+        rise = value(name, 4 * T) - value(plain, T // 2) if done else None
+        claims.append(
+            judge(
+                f"variation: {SHOWN[name]}, goes on at four times its training length",
+                f"as plain {SHOWN[plain]}: at 4 T .. 8 T at most {HOLDS} above the plain run's T/2 .. T",
+                "no run yet" if rise is None else f"{rise:+.4f}",
+                None if rise is None else rise <= HOLDS,
+                variation=True,
+            )
+        )
     return claims
 
 
@@ -160,7 +202,7 @@ def show_table(results: Results) -> str:
         [SHOWN[name], entry["seed"], f"{entry['parameters']:,}"]
         + [f"{entry['positions'][bucket]:.3f}" for bucket in buckets[4:]]
         + [f"{entry['cpu_seconds']:.0f}"]
-        for name in (*FAMILIES, *LONGER)
+        for name in (*FAMILIES, *LONGER, *CURED)
         for entry in entries(results, family=name)
     ]
     return table(["nats per byte from position", "seed", "parameters", *buckets[4:], "CPU s"], rows)
@@ -171,12 +213,13 @@ def plot(results: Results, file: Path) -> None:
 
     size = SIZES[results["scale"]]
     with figure(file, f"loss by position, trained on rows of {size.length}") as axes:
-        for name in (*FAMILIES, *LONGER):
+        for name in (*FAMILIES, *LONGER, *CURED):
             found: list[dict[str, Any]] = entries(results, family=name)
             for index, entry in enumerate(found):
                 each = sorted((int(bucket), value) for bucket, value in entry["positions"].items() if int(bucket) >= 8)
-                style, label = "--" if name in LONGER else "-", SHOWN[name] if index == 0 else None
-                axes.plot(*zip(*each, strict=True), style, color=COLOURS[LONGER.get(name, name)], label=label)
+                style = "--" if name in LONGER else ":" if name in CURED else "-"
+                colour = COLOURS[(LONGER | CURED).get(name, name)]
+                axes.plot(*zip(*each, strict=True), style, color=colour, label=SHOWN[name] if index == 0 else None)
         axes.axvline(size.length, color="grey", linestyle=":", label="training length")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("position")

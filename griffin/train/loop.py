@@ -27,6 +27,7 @@ from griffin.train.config import PAIRS, TrainConfig
 from griffin.train.display import Display, describe, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
+from griffin.train.objective import Objective
 from griffin.train.optim import falling_from, learning_rate, make_optimizer, set_learning_rate
 from griffin.train.parallel import prepare_blocks
 from griffin.train.reading import objective_of, read_data
@@ -80,6 +81,7 @@ def train(
     *,
     resume: bool = False,
     source: Source | None = None,
+    objective: Objective | None = None,
     sampler: Sampler | None = None,
     console: Console | None = None,
 ) -> Result:
@@ -95,6 +97,8 @@ def train(
         resume: go on from the newest checkpoint; from the beginning where there is none yet.
         source: of the batches, on config.device; None: the data of config.train_data. Another source is all that is
             read then: train_data is its name, and no more.
+        objective: what a step makes small, in place of config.objective's; what it keeps between steps is its own, and
+            in no checkpoint.
         sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown. An
             error of it is shown too, and the run goes on.
         console: where to show things; None is the terminal. That it can be shown is not needed: the reader may leave.
@@ -164,7 +168,7 @@ def train(
             if len(bad) > MOST_SHOWN:
                 left = f"{len(bad) - MOST_SHOWN} more, named in {run / 'data' / MANIFEST}"
                 console.print(f"left out: {left}", markup=False)
-        return _Run(config, run, read_from, console, sampler, newest, before).go()
+        return _Run(config, run, read_from, objective, console, sampler, newest, before).go()
 
 
 def check_new(run: Path, resume: bool) -> None:
@@ -183,6 +187,7 @@ class _Run:
         config: TrainConfig,
         run: Path,
         data: Data | Source,
+        objective: Objective | None,
         console: Console,
         sampler: Sampler | None,
         newest: Path | None,
@@ -207,7 +212,7 @@ class _Run:
             self.start = Start(self.model, _state_ids(config, data.tokenizer))
         self.coverage = None if config.lora is None else _adapt(self.model, config.lora, config.seed)
         self.trained = _trained(config, self.model, self.start, data.tokenizer)
-        self.objective = objective_of(config, self.start)
+        self.objective = objective or objective_of(config, self.start)
         fresh = newest is None or config.partial
         self.source: Source = (
             prepared(config, run, data, self.objective, self.model if fresh else None, self.device)

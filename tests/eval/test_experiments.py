@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from experiments import session as module
 from experiments.experiment import Experiment, load, names
 from experiments.induction_heads.run import EXPERIMENT as INDUCTION
+from experiments.length_extrapolation.passed_states import PassedStates
 from experiments.markdown import table
 from experiments.report import SCALES, documents
 from experiments.results import read_results, results_file, write_results
@@ -20,8 +23,11 @@ from experiments.selective_copying.run import EXPERIMENT as COPYING
 from experiments.session import Session
 from experiments.synthetic import best_learning_rate, median_or_none, steps_to
 from experiments.verdict import judge, overall
+from griffin import Griffin
 from griffin.cli.main import run as command
+from griffin.data.packing import Batch
 from griffin.errors import GriffinError
+from griffin.score import nats
 
 NAMES = names()
 
@@ -129,6 +135,26 @@ def test_small_parts() -> None:
         "not run yet",
     ]
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_passed_states_are_those_of_other_rows(make_model: Callable[..., Griffin]) -> None:
+    """The second step's rows go on from the first's, each from the row before; every fourth begins anew."""
+    model, objective = make_model(dtype=torch.float64), PassedStates()
+    tokens = torch.randint(0, 259, (2, 4, 10), generator=torch.Generator().manual_seed(0))
+    batches = [Batch(each[:, :9], each[:, 1:], torch.arange(9).expand(4, 9).contiguous()) for each in tokens]
+    first, alone = (loss.item() for loss in (objective.loss(model, batches[0]), nats(model, batches[0])))
+    assert first == pytest.approx(alone, rel=1e-6)
+    second = objective.loss(model, batches[1])
+    expected = 0.0
+    for row, before in ((0, 3), (1, 0), (2, None), (3, 2)):  # row 1's state was begun anew, and went to row 2
+        text = batches[1].tokens[row : row + 1]
+        if before is not None:
+            text = torch.cat([batches[0].tokens[before : before + 1], text], dim=1)
+        logprobs = model.logits(model(text))[0, -9:].double().log_softmax(-1)
+        expected -= logprobs.gather(1, batches[1].targets[row][:, None]).sum().item()
+    assert second.item() == pytest.approx(expected, rel=1e-6)
+    second.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
 def test_results_are_whole_and_readable(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,22 +38,23 @@ def _needs_the_harness() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that transformers opens too, with a vocabulary of its own.
-
-    Texts are shorter than its window: of a saved window of W, transformers sees one key less than Google's code.
-    """
+    """A small model that transformers opens too, with a vocabulary of its own, and a window shorter than the texts."""
     tokenizer = Tokenizer.train([TEXT * 20], 300)
     from dataclasses import replace
 
     from griffin import PRESETS
 
-    config = replace(PRESETS["griffin-tiny"], vocab_size=tokenizer.vocab_size, lru_width=32, window=512)
+    config = replace(PRESETS["griffin-tiny"], vocab_size=tokenizer.vocab_size, lru_width=32, window=8)
     model = Griffin(config, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     path = tmp_path_factory.mktemp("harness") / "model"
     griffin.save(model, path, tokenizer)
+    # Of a saved window of W, transformers sees one key less than Google's code.
+    shutil.copytree(path, path.with_name("theirs"))
+    config_file = path.with_name("theirs") / "config.json"
+    config_file.write_text(config_file.read_text().replace('"attention_window_size": 8', '"attention_window_size": 9'))
     return path
 
 
@@ -100,7 +102,7 @@ def _both(folder: Path, **options: Any) -> tuple[Any, Any]:
     from lm_eval.models.huggingface import HFLM
 
     ours = harness.model_class()(str(folder), device="cpu", batch_size=3, **options)
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, **options)
+    theirs = HFLM(pretrained=str(folder.with_name("theirs")), device="cpu", dtype="float32", batch_size=1, **options)
     return ours, theirs
 
 
@@ -145,7 +147,7 @@ def test_tasks_of_our_own_give_the_same_numbers(folder: Path, tasks: Path) -> No
     found = harness.run_tasks(model, tokenizer, names, include=tasks)
     theirs = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(folder), "dtype": "float32"},
+        model_args={"pretrained": str(folder.with_name("theirs")), "dtype": "float32"},
         tasks=names,
         device="cpu",
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
