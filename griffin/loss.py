@@ -87,7 +87,8 @@ class _CrossEntropy(torch.autograd.Function):
         weight = embedding.to(narrow)
         with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if with_gradient else None
-        d_weight = torch.zeros_like(embedding, dtype=wide) if with_gradient else None
+        # Of a frozen embedding it would be as large as that, and a product of the size of the logits'.
+        d_weight = torch.zeros_like(embedding, dtype=wide) if ctx.needs_input_grad[1] else None
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             span = slice(start, start + chunk_tokens)
@@ -95,15 +96,17 @@ class _CrossEntropy(torch.autograd.Function):
             logits = _matmul(h, weight.T, wide)
             row_nats, d_logits = ops.cross_entropy(logits, targets[span], cap, narrow if with_gradient else None)
             nats += row_nats.sum()
-            if d_hidden is None or d_weight is None or d_logits is None:
+            if d_hidden is None or d_logits is None:
                 continue
             d_hidden[span] = _matmul(d_logits, weight, wide)
+            if d_weight is None:
+                continue
             if narrow == wide:
                 d_weight.addmm_(d_logits.T, h)  # no (V, D) of its own for the product
             else:
                 d_weight += _matmul(d_logits.T, h, wide)
-        if d_hidden is not None and d_weight is not None:
-            ctx.save_for_backward(d_hidden, d_weight.to(embedding.dtype))
+        if d_hidden is not None:
+            ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(embedding.dtype))
         return nats
 
     @staticmethod
@@ -113,7 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
             # the incoming gradient has one, and a loss stands last.
             raise RuntimeError("cross_entropy has no second derivative: take its gradient without create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0], d_weight * grads[0], None, None, None
+        return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], None, None, None
 
 
 def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,3 +114,20 @@ def test_autocast_changes_neither_value_nor_gradient() -> None:
             nats, _ = cross_entropy(hidden, embedding, targets, soft_cap=30.0)
         found.append((nats, *torch.autograd.grad(nats, (hidden, embedding))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_frozen_embedding_costs_no_gradient() -> None:
+    """The hidden states' is what it was, and nothing of the embedding's size is made for it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 8, generator=generator).requires_grad_()
+    embedding = torch.randn(50, 8, generator=generator)
+    targets = torch.randint(0, 50, (2, 9), generator=generator)
+    found = []
+    for trained in (True, False):
+        nats, _ = cross_entropy(
+            hidden, embedding.clone().requires_grad_(trained), targets, soft_cap=5.0, chunk_tokens=4
+        )
+        found.append(torch.autograd.grad(nats, hidden, retain_graph=True)[0])
+        kept = [tensor for tensor in nats.grad_fn.saved_tensors if tensor is not None]  # type: ignore[union-attr]
+        assert sum(tensor.numel() for tensor in kept) == hidden.numel() + trained * embedding.numel()
+    assert torch.equal(*found)

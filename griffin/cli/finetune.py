@@ -155,7 +155,7 @@ def choose(
     fraction = 1.0 if lora is None and state is None else 5.0  # of the rate: little is changed by few numbers
     rate = learning_rate or min(1e-3, 3e-4 * (1e8 / parameters) ** 0.5) * fraction * (0.1 if kind == "pairs" else 1.0)
     if state is not None and learning_rate is None:
-        rate = 3e-2
+        rate = 0.2  # of numbers near 1, not of weights
     config = TrainConfig(
         model=None,
         tokenizer=None,

@@ -129,8 +129,14 @@ class Encoder:
             counted[first:end] = True
         if not counted.any():
             raise GriffinError("no token of it is to be learnt")
-        num_bytes = self.tokenizer.token_bytes([index for index, one in zip(ids, counted, strict=True) if one])
-        return Document(np.array(ids, dtype=np.uint32), counted, num_bytes)
+        array = np.array(ids, dtype=np.uint32)
+        return Document(array, counted, text_bytes(self.tokenizer, array[counted]))
+
+
+def text_bytes(tokenizer: Tokenizer, ids: npt.NDArray[Any]) -> int:
+    """`tokenizer.token_bytes`, of many ids at once."""
+    lengths = tokenizer.byte_lengths
+    return tokenizer.token_bytes(ids.tolist()) if lengths is None else sum(map(lengths.__getitem__, ids.tolist()))
 
 
 _Text = Messages | tuple[str, str]  # a chat, or a prompt and what follows it as they are

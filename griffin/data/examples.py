@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from griffin.data.chat import Bad, Encoder, Kind, kind_of
+from griffin.data.chat import Bad, Encoder, Kind, kind_of, text_bytes
 from griffin.data.order import permute
 from griffin.data.prepare import Data, checksums, expect, is_cached, stamp, verify
 from griffin.data.shards import Shard, open_shard, write_shard
@@ -345,5 +345,5 @@ def _documents_of(
         for first, end in zip(part.starts, part.starts[1:], strict=False):
             if wanted is None or wanted[number]:
                 ids, counted = part.tokens[first:end], part.counted[first:end]
-                yield number, ids, tokenizer.token_bytes(ids[counted].tolist()), counted
+                yield number, ids, text_bytes(tokenizer, ids[counted]), counted
             number += 1

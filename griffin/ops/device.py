@@ -64,6 +64,7 @@ _FEW = (False, 16, "at most 16 rows")
 OPS = {
     "linear_scan": Op("a loop over time", _cpu("recurrence"), _triton("linear_scan")),
     "rg_lru": Op("a loop over time", _cpu("recurrence"), _triton("rg_lru")),
+    "cg_lru": Op("two linear_scans in a frame that turns"),
     "causal_conv1d": Op("one product per tap", _cpu("recurrence", *_TAPS), _triton("causal_conv1d", *_TAPS)),
     "recurrent_step_": Op("the ops it joins", None, _triton("recurrent_step", False)),
     "local_attention": Op("scaled_dot_product_attention, in blocks of queries", _cpu("attention"), FLASH),

@@ -190,6 +190,14 @@ class Tokenizer:
         prefixed = self._strip and next((piece for piece in pieces if piece), b"").startswith(b" ")
         return sum(map(len, pieces)) - prefixed
 
+    @cached_property
+    def byte_lengths(self) -> list[int] | None:
+        """How many bytes of text each id stands for, special tokens 0: their sum is `token_bytes`.
+
+        None where a text's first blank is none of it, as in some SentencePiece vocabularies: no table knows that.
+        """
+        return None if self._strip else [len(self._text.get(index, b"")) for index in range(self.vocab_size)]
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
         """Render the chat template over `messages` and return the ids: BOS is there where the template writes it.
 

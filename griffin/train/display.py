@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -111,6 +110,8 @@ class Display:
 
 def describe(data: Data, rows: Rows, lost: Lost | None, config: TrainConfig) -> Text:
     """What examples there are, and three of them as the model reads them: what is learnt in green."""
+    import numpy as np  # which --help need not wait for
+
     train, unit = data.train, 2 if config.objective in ("dpo", "ipo", "orpo") else 1
     meta = train.meta
     counted = meta.num_tokens if train.counted is None else int(np.count_nonzero(train.counted))

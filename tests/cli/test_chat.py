@@ -121,7 +121,7 @@ def _without_progress() -> Callable[..., Any]:
     from griffin import checkpoint
 
     load = checkpoint.load
-    return lambda name, *, device, dtype, progress: load(name, device=device, dtype=dtype)
+    return lambda name, *, progress, **options: load(name, **options)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "empty", "model.safetensors", "config.json"])

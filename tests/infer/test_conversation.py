@@ -209,3 +209,21 @@ def test_without_a_template_the_text_goes_on(make_lively: Callable[..., Griffin]
     list(empty.reply("x", max_tokens=0))
     with pytest.raises(GriffinError, match="say something"):
         empty.reply("")
+
+
+def test_a_conversation_begins_in_a_state(model: Griffin, tokenizer: Tokenizer) -> None:
+    """As if the state's tokens came before the first turn; and again after it was forked or begun anew."""
+    start = model.new_state(1)
+    ids = torch.tensor([[5, 9, 2, 7]])
+    with torch.no_grad():
+        model(ids, start)
+    kept = {name: tensor.clone() for name, tensor in start.tensors().items()}
+    conversation = Conversation(model, tokenizer, start)
+    text = "".join(map(str, conversation.reply("hello", max_tokens=8, temperature=0.0)))
+    prompt = [*ids[0].tolist(), *tokenizer.encode_chat([{"role": "user", "content": "hello"}])]
+    [wanted] = generate(model, tokenizer, [prompt], max_tokens=8, temperature=0.0)
+    assert text == wanted.text
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in start.tensors().items())
+    assert conversation.fork().start is start
+    with pytest.raises(GriffinError, match="a conversation begins in a state of one row, not 2"):
+        Conversation(model, tokenizer, start.rows([0, 0]))
