@@ -21,6 +21,7 @@ from griffin.config import PRESETS, GriffinConfig
 from griffin.data.packing import Batch
 from griffin.memory import keep_freed_memory
 from griffin.model import Griffin
+from griffin.train.objective import LanguageModel
 from griffin.train.parallel import prepare_blocks
 from griffin.train.step import take_step
 
@@ -86,7 +87,8 @@ def _stepper(model: Griffin, rows: int, length: int) -> Callable[[], object]:
     tokens = torch.randint(model.config.vocab_size, (rows, length + 1), device=model.device)
     positions = torch.arange(length, device=model.device).expand(rows, length).contiguous()
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions)
-    return lambda: take_step(model, optimizer, [batch], 1.0)  # reads a number back, so it waits for a GPU
+    # It reads a number back, and so waits for a GPU.
+    return lambda: take_step(model, LanguageModel(), optimizer, [batch], 1.0)
 
 
 def times(results: Results) -> dict[str, dict[int, float]]:

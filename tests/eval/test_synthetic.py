@@ -196,11 +196,12 @@ def test_accuracy_counts_tokens_and_whole_rows(make_model: Callable[..., Griffin
 def test_a_small_model_learns_one() -> None:
     """Through the very step of training: induction over a handful of tokens, far above chance."""
     from griffin import PRESETS
+    from griffin.train.objective import LanguageModel
     from griffin.train.step import take_step
 
     task: Any = SelectiveCopying(length=8, data=1, vocab_size=6)
     model = Griffin(PRESETS["griffin-tiny"], generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(60):
-        take_step(model, optimizer, [task.batch(0, step, 32)], 1.0)
+        take_step(model, LanguageModel(), optimizer, [task.batch(0, step, 32)], 1.0)
     assert accuracy(model, [task.batch(1, 0, 256)]).tokens > 0.9 > 3 * task.chance
