@@ -33,6 +33,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 # Still eight fp32 lanes: what it adds is twice the registers and sums of 16-bit products in one instruction.
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "vl", "bw", "dq", "vnni")), "-mprefer-vector-width=256"]
 X86 = PORTABLE | {"avx2": AVX2, "avx512": AVX512}
+# Products of bf16 in one instruction: what multiplies matrices is compiled for it, all else serves as for avx512.
+X86_BF16 = {"avx512bf16": [*AVX512, "-mavx512bf16"]}
+PRODUCTS = ("linear",)
 
 
 class BuildKernels(build_ext):
@@ -84,7 +87,8 @@ def build(compiler: list[str], folder: Path, target: Path) -> None:
             define = ["-DGRIFFIN_IS_X86"] if is_x86 else []
             jobs.append((folder / "abi.o", [*define, str(source)]))
             continue
-        for isa, options in (X86 if is_x86 else PORTABLE).items():
+        sets = X86 | (X86_BF16 if source.stem in PRODUCTS else {}) if is_x86 else PORTABLE
+        for isa, options in sets.items():
             jobs.append((folder / f"{source.stem}_{isa}.o", [*options, f"-DGRIFFIN_ISA={isa}", str(source)]))
 
     def compile_one(job: tuple[Path, list[str]]) -> None:

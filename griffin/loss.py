@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from griffin import ops
+from griffin.ops import products
 from griffin.ops.cross_entropy import NOT_COUNTED as NOT_COUNTED
 from griffin.ops.device import own_dtypes
 
@@ -82,29 +83,25 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor, cap: float | None, chunk_tokens: int
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        # On a GPU bf16 products with fp32 sums; on a CPU fp32 throughout, where bf16 would be slower and coarser.
-        narrow = hidden.dtype if hidden.is_cuda else wide
+        narrow = products.narrowest(hidden)
         weight = embedding.to(narrow)
         with_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if with_gradient else None
         # Of a frozen embedding it would be as large as that, and a product of the size of the logits'.
         d_weight = torch.zeros_like(embedding, dtype=wide) if ctx.needs_input_grad[1] else None
+        across = products.transposed(weight) if with_gradient else None
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             span = slice(start, start + chunk_tokens)
             h = hidden[span].to(narrow)
-            logits = _matmul(h, weight.T, wide)
+            logits = products.product(h, weight)
             row_nats, d_logits = ops.cross_entropy(logits, targets[span], cap, narrow if with_gradient else None)
             nats += row_nats.sum()
-            if d_hidden is None or d_logits is None:
+            if d_hidden is None or d_logits is None or across is None:
                 continue
-            d_hidden[span] = _matmul(d_logits, weight, wide)
-            if d_weight is None:
-                continue
-            if narrow == wide:
-                d_weight.addmm_(d_logits.T, h)  # no (V, D) of its own for the product
-            else:
-                d_weight += _matmul(d_logits.T, h, wide)
+            d_hidden[span] = products.product(d_logits, across)
+            if d_weight is not None:
+                products.add_product_(d_weight, products.transposed(d_logits), products.transposed(h))
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(embedding.dtype))
         return nats
@@ -117,9 +114,3 @@ class _CrossEntropy(torch.autograd.Function):
             raise RuntimeError("cross_entropy has no second derivative: take its gradient without create_graph=True")
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], None, None, None
-
-
-def _matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b with sums and result in `dtype`."""
-    product: Tensor = a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
-    return product

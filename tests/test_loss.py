@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 
 from griffin.loss import bits_per_byte, cross_entropy
 from griffin.model import soft_cap
+from griffin.ops.cpu import library
 
 
 @given(
@@ -40,19 +42,19 @@ def test_equals_the_plain_formula(T: int, cap: float | None, chunk: int, scale: 
 
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 3 chunks of 5 tokens nothing of more than 5 rows of the vocabulary exists."""
-    from griffin import loss
+    from griffin.ops import products
 
     largest = 0
-    plain = loss._matmul
+    plain = products.product
 
-    def watched(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         nonlocal largest
-        product = plain(a, b, dtype)
+        product = plain(a, b)
         if product.shape[-1] == 1000:
             largest = max(largest, product.shape[0])
         return product
 
-    monkeypatch.setattr(loss, "_matmul", watched)
+    monkeypatch.setattr(products, "product", watched)
     hidden, embedding = torch.randn(1, 15, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
     cross_entropy(hidden, embedding, torch.randint(0, 1000, (1, 15)), chunk_tokens=5)[0].backward()
     assert largest == 5
@@ -64,10 +66,28 @@ def test_fp32_and_bf16_hidden_states() -> None:
     expected = cross_entropy(hidden.double(), embedding.double(), targets, soft_cap=30.0)[0]
     assert_close(cross_entropy(hidden, embedding, targets, soft_cap=30.0)[0].double(), expected, rtol=1e-6, atol=1e-6)
     rounded = hidden.bfloat16()
-    exact = cross_entropy(rounded.double(), embedding.double(), targets, soft_cap=30.0)[0]
-    found = cross_entropy(rounded, embedding, targets, soft_cap=30.0)[0]
-    assert found.dtype == torch.float32
-    assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+    for instructions in library.offered() or (None,):
+        with library.using(instructions) if instructions else nullcontext():
+            # Where products are of bf16, the masters of the weights are rounded to it.
+            narrow = embedding.to(torch.bfloat16 if instructions == "avx512bf16" else torch.float32)
+            exact = cross_entropy(rounded.double(), narrow.double(), targets, soft_cap=30.0)[0]
+            found = cross_entropy(rounded, embedding, targets, soft_cap=30.0)[0]
+            assert found.dtype == torch.float32
+            assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_bf16_hidden_states() -> None:
+    """Slopes are rounded to bf16 where products are of bf16: off by 2^-9 each, and by no more in the sums."""
+    hidden, embedding = torch.randn(2, 50, 64).bfloat16(), (torch.randn(300, 64) / 8).bfloat16().float()
+    targets = torch.randint(-1, 300, (2, 50))
+    exact = [hidden.double().requires_grad_(), embedding.double().requires_grad_()]
+    wanted = torch.autograd.grad(cross_entropy(*exact, targets, soft_cap=30.0)[0], exact)
+    for instructions in library.offered() or (None,):
+        with library.using(instructions) if instructions else nullcontext():
+            ours = [hidden.clone().requires_grad_(), embedding.clone().requires_grad_()]
+            found = torch.autograd.grad(cross_entropy(*ours, targets, soft_cap=30.0, chunk_tokens=33)[0], ours)
+            for mine, right in zip(found, wanted, strict=True):
+                assert (mine.double() - right).norm() < 3e-3 * right.norm()
 
 
 def test_nothing_counted_is_zero_with_zero_gradient() -> None:

@@ -17,6 +17,7 @@ from griffin.checkpoint.layout import CONFIG, EMBEDDING, FINAL_NORM, INDEX, TIED
 from griffin.checksums import verifying
 from griffin.config import GriffinConfig
 from griffin.errors import GriffinError
+from griffin.memory import use_large_pages
 from griffin.model import Griffin
 from griffin.quantize import Quantization, quantized_names, read_quantization
 from griffin.quantize import quantize as quantize_model
@@ -136,6 +137,7 @@ def _read(
         elif name != TIED:
             own = _original(name) != name  # a format's numbers and scales are of its own dtypes
             tensors[name] = torch.empty(shape, dtype=kind if own else dtype or kind, device=device)
+    use_large_pages(tensors.values())
     done = 0
     for file, metas in files.items():
         for name, rows, slab in _slabs(file, {name: meta for name, meta in metas.items() if name != TIED}):

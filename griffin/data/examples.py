@@ -276,7 +276,7 @@ def _write_part(
             texts = [f"{_where(files, each)}: {each.reason}" for each in encoded.bad]
             if texts and bad == "stop":
                 more = f" (and {len(texts) - 1} more of the rows around it)" if len(texts) > 1 else ""
-                raise GriffinError(f"{texts[0]}{more}; mend it, or leave bad rows out with bad=skip")
+                raise GriffinError(f"{texts[0]}{more}; mend it, or leave bad rows out (--bad-rows skip)")
             record["bad"] += texts
             at = 0
             for size, num_bytes in zip(encoded.sizes, encoded.num_bytes, strict=True):

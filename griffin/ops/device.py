@@ -60,6 +60,7 @@ FLASH = Kernels(
 )
 _TAPS = (True, 8, "at most 8 taps")
 _FEW = (False, 16, "at most 16 rows")
+_ROWS = "at most 16 rows, 64 with AVX-512; any number of bf16 with AVX512-BF16"
 
 OPS = {
     "linear_scan": Op("a loop over time", _cpu("recurrence"), _triton("linear_scan")),
@@ -81,8 +82,9 @@ OPS = {
     "next_positions_": Op("elementwise", _cpu("pointwise", False)),
     "embed": Op("indexing", _cpu("pointwise", False)),
     "quantized_embed": Op("indexing", _cpu("pointwise", False)),
-    "linear": Op("matmul", _cpu("linears", True, 16, "at most 16 rows")),
-    "output_linear": Op("as linear, with fp32 sums", _cpu("linears", True, 16, "at most 16 rows")),
+    "linear": Op("matmul", _cpu("linears", limit=_ROWS)),
+    "output_linear": Op("as linear, with fp32 sums", _cpu("linears", limit=_ROWS)),
+    "product": Op("matmul", _cpu("linears", limit="of bf16 with AVX512-BF16, in the loss and linears' gradients")),
     "block_diagonal_linear": Op("baddbmm", _cpu("linears", *_FEW)),
     "quantized_linear": Op(
         "matmul of widened weights",

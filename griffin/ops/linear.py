@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from griffin.ops import device
+from griffin.ops import device, products
 from griffin.ops.op import opaque
 
 # Weights widened to fp32 at a time (8 MB), and rows of a bf16 x that meet them. Fewer stay nearer in the cache, but a
@@ -21,8 +21,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute y[..., o] = sum over k of x[..., k] weight[o, k] + bias[o], with fp32 sums, rounded once to x.dtype.
 
     Activations set the precision, fp32 weights stay the masters: where a device multiplies in one dtype (any but a
-    CPU), weight and bias are cast to x.dtype first. On a CPU they are used as they are, and widened a panel at a time
-    where narrow ones meet many rows: most CPUs multiply bf16 matrices at a hundredth of fp32's rate.
+    CPU), weight and bias are cast to x.dtype first. So they are on a CPU that has an instruction for products of bf16,
+    for more rows than a decode step has. On any other CPU they are used as they are, and widened a panel at a time
+    where narrow ones meet many rows: it multiplies bf16 matrices at a hundredth of fp32's rate.
 
     Args:
         x: (..., K) any floating dtype.
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, bias {found}: (..., K), (O, K), (O,)")
     if x.device.type != "cpu" or torch.float64 in (x.dtype, weight.dtype) or device.stands_for_others(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if x.dtype == weight.dtype == torch.float32 and _few(x, weight, bias) is None:
+    if x.dtype == weight.dtype == torch.float32 and _kernels(x, weight, bias) is None:
         return F.linear(x, weight, None if bias is None else bias.float())
     return _linear(x, weight, bias)
 
@@ -60,6 +61,12 @@ def output_linear(hidden: Tensor, weight: Tensor) -> Tensor:
         rows: Tensor = torch.mm(hidden[None].flatten(0, -2), weight.T, out_dtype=dtype)
         return rows.view(*hidden.shape[:-1], -1)
     if hidden.device.type == "cpu" and dtype == torch.float32:
+        if hidden.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            rows = hidden[None].flatten(0, -2)
+            found = device.kernels("output_linear", rows, weight, size=rows.shape[0])
+            taken = found is not None and rows.shape[0] <= found.most_rows(rows.dtype, weight.dtype)
+            if found is not None and taken and weight.dtype == rows.dtype:
+                return found.wide_linear(rows, weight).view(*hidden.shape[:-1], weight.shape[0])
         return linear(hidden.to(dtype), weight)
     if weight.dtype == dtype or torch.is_grad_enabled():
         return F.linear(hidden.to(dtype), weight.to(dtype))
@@ -114,26 +121,35 @@ def _backward(ctx, dy):  # type: ignore[no-untyped-def]
     """dx = dy W;  dW = dy^T x;  db = sum of dy over rows: in fp32, each rounded once."""
     x, weight = ctx.saved_tensors
     dx = dw = db = None
-    rows, wide = (t[None].flatten(0, -2).float() for t in (dy, x))  # (N, O), (N, K), also of a single row (K,)
+    rows, inputs = (t[None].flatten(0, -2) for t in (dy, x))  # (N, O), (N, K), also of a single row (K,)
+    kernels = products.bf16_kernels(inputs, rows, weight)
     if ctx.needs_input_grad[0]:
-        dx = torch.zeros_like(wide)
-        step = _panel_rows(weight.shape[1])
-        for first in range(0, weight.shape[0], step):
-            panel = slice(first, first + step)
-            dx.addmm_(rows[:, panel], weight[panel].float())
+        dx = _times(rows, weight) if kernels is None else kernels.linear(rows, kernels.transposed(weight), None)
         dx = dx.view(x.shape).to(x.dtype)
     if ctx.needs_input_grad[1]:
-        dw = (rows.T @ wide).to(weight.dtype)
+        dw = products.product(products.transposed(rows), products.transposed(inputs)).to(weight.dtype)
     if ctx.needs_input_grad[2]:
-        db = rows.sum(dim=0).to(ctx.bias_dtype)
+        db = rows.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, dw, db
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """(N, O), (O, K) -> (N, K) fp32, W widened a panel at a time."""
+    y, wide = torch.zeros(rows.shape[0], weight.shape[1], dtype=torch.float32, device=rows.device), rows.float()
+    step = _panel_rows(weight.shape[1])
+    for first in range(0, weight.shape[0], step):
+        panel = slice(first, first + step)
+        y.addmm_(wide[:, panel], weight[panel].float())
+    return y
 
 
 @opaque("linear", fake=_fake, backward=_backward, save=_save)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    if (kernels := _few(x, weight, bias)) is not None:
+    if (kernels := _kernels(rows, weight, bias)) is not None:
         y = kernels.linear(rows, weight, bias)
+    elif (kernels := products.bf16_kernels(rows, weight)) is not None and rows.shape[0] > 0:
+        y = kernels.linear(rows, weight.to(x.dtype), bias)
     else:
         y = by_panels(rows, weight.shape[0], lambda panel, out: out.copy_(weight[panel]), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -179,6 +195,8 @@ def _panel_rows(in_width: int) -> int:
     return max(64, PANEL_ELEMENTS // max(1, in_width))
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> ModuleType | None:
-    """The kernels that read W once for all rows of x, which pays for a few."""
-    return device.kernels("linear", x, weight, bias, size=x.numel() // max(1, x.shape[-1]))
+def _kernels(x: Tensor, weight: Tensor, bias: Tensor | None) -> ModuleType | None:
+    """The kernels that multiply x with W as it is, where they are quicker than PyTorch's products of fp32."""
+    rows = x.numel() // max(1, x.shape[-1])
+    found = device.kernels("linear", x, weight, bias, size=rows)
+    return found if found is not None and rows <= found.most_rows(x.dtype, weight.dtype) else None

@@ -52,7 +52,7 @@ def test_a_folder_goes_before_a_preset(
 
 
 def test_what_serves_every_op_is_shown() -> None:
-    assert {row.op for row in serving("cpu")} == {*ops.__all__, "quantized_linear_many"}
+    assert {row.op for row in serving("cpu")} == {*ops.__all__, "quantized_linear_many", "product"}
     available, reason = library.status()
     rows = {row.op: row for row in serving("cpu")}
     assert (rows["rg_lru"].kernel == "ours") == available
@@ -74,7 +74,12 @@ def test_what_serves_every_op_is_shown() -> None:
 
 def test_the_kernels_of_the_table_are_there() -> None:
     """Under their ops' names, but for some."""
-    functions = {"linear": "linear", "output_linear": "linear", "dequantize": "widen_int8"}
+    functions = {
+        "linear": "linear",
+        "output_linear": "wide_linear",
+        "product": "wide_linear",
+        "dequantize": "widen_int8",
+    }
     functions |= {"quantized_linear": "linear_int4", "quantized_linear_many": "linear_int8_many"}
     for name, op in device.OPS.items():
         if op.cpu is not None:

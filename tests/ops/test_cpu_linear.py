@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from griffin.ops import dequantize, linear, output_linear, quantize_int4, quantize_int8, quantized_linear
+from griffin.ops import dequantize, linear, output_linear, products, quantize_int4, quantize_int8, quantized_linear
 from griffin.ops import quantized as module
 from griffin.ops.cpu import library, linears
-from tests.ops.test_cpu_kernels import INSTRUCTIONS, PATHS, serving
+from tests.ops.test_cpu_kernels import serving
+
+INSTRUCTIONS = library.offered() or ("portable",)
+PATHS = [*INSTRUCTIONS, "torch"]
 
 ROWS = [1, 2, 3, 5, 8, 16, 17]
 SIZES = [(1, 1), (7, 33), (33, 7), (256, 129), (300, 64), (2560, 70)]  # (K, O)
@@ -54,6 +57,39 @@ def test_linear_is_its_formula(path: str, N: int, K: int, O: int) -> None:
             logits = output_linear(x, w)
             assert logits.dtype == torch.float32
             close(logits, expected, torch.float32)
+
+
+@pytest.mark.parametrize(("N", "K", "O"), [(1, 1, 1), (70, 33, 9), (5, 1100, 40), (131, 2600, 6)])
+def test_products_are_their_formula(path: str, N: int, K: int, O: int) -> None:
+    for dtype in DTYPES:
+        a, b = torch.randn(N, K).to(dtype), torch.randn(O, K)
+        narrow = b.to(products.narrowest(a))  # bf16 where the CPU multiplies it
+        expected = a.double() @ narrow.double().T
+        close(products.product(a, narrow), expected, torch.float32)
+        total = torch.ones(N, O)
+        products.add_product_(total, a, narrow)
+        close(total, expected + 1, torch.float32)
+        turned = products.transposed(b.to(dtype))
+        assert torch.equal(turned, b.to(dtype).T)
+        assert turned.is_contiguous() or products.bf16_kernels(a) is None
+        other = narrow[:1].expand(N, K).to(dtype)
+        across = products.product(products.transposed(a), products.transposed(other))
+        close(across, a.double().T @ other.double(), torch.float32)
+
+
+def test_many_rows_of_bf16_give_the_bits_of_each_alone() -> None:
+    """So a prompt read whole, in pieces of any size and a token at a time meets the same products."""
+    if not products.bf16_kernels(torch.zeros(1, 1, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no instruction for products of bf16")
+    for K in (96, 1000, 3100, 7700):  # tiles of W that stay in the nearest cache, and that do not
+        x, w, b = torch.randn(330, K).bfloat16(), torch.randn(21, K).bfloat16(), torch.randn(21)
+        expected = linear(x, w, b)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(linear(x, w, b), expected)
+            for rows in (slice(0, 1), slice(3, 5), slice(4, 100), slice(17, 329)):
+                assert torch.equal(linear(x[rows], w, b), expected[rows])
+            assert torch.equal(output_linear(x[:40], w), torch.cat([output_linear(row, w) for row in x[:40].split(1)]))
 
 
 def test_no_rows_and_fp64(path: str) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 7  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
+ABI = 8  # griffin_abi_version() of csrc/abi.cpp: add one to both whenever a kernel's signature or meaning changes
 PATH = Path(__file__).with_name("_kernels.so")
 REBUILD = "build it with: python setup.py build_ext --inplace, or pip install again with a C++ compiler at hand"
 
-INSTRUCTIONS = ("portable", "avx2", "avx512")  # each CPU that has one has those before it
+# Each CPU that has one has those before it. A kernel not compiled for one serves as compiled for the one before.
+INSTRUCTIONS = ("portable", "avx2", "avx512", "avx512bf16")
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _NUMBERS = {"i": "q", "f": "f4x", "d": "d"}  # how `struct` packs one Value of csrc/abi.h; an address is "Q"
@@ -57,6 +58,12 @@ def offered(loaded: Loaded | None = None) -> tuple[str, ...]:
     """Which of INSTRUCTIONS this CPU and the build can run; none without a library."""
     loaded = loaded or _now()
     return INSTRUCTIONS[: INSTRUCTIONS.index(loaded.instructions) + 1] if loaded.library is not None else ()
+
+
+def instructions() -> str:
+    """Which of INSTRUCTIONS the kernels use; "" without a library."""
+    now = _now()
+    return now.instructions if now.library is not None else ""
 
 
 @contextmanager
@@ -156,7 +163,8 @@ class Kernel:
 
     def _find(self, now: Loaded, dtype: torch.dtype) -> _Variant:
         assert now.library is not None
-        function: Any = getattr(now.library, f"griffin_{self.name}_{_TYPES[dtype]}_{now.instructions}")
+        names = [f"griffin_{self.name}_{_TYPES[dtype]}_{instructions}" for instructions in reversed(offered(now))]
+        function: Any = getattr(now.library, next(name for name in names if hasattr(now.library, name)))
         function.argtypes = [ctypes.c_void_p, ctypes.c_char_p]  # c_char_p: the address of what a bytes holds
         function.restype = ctypes.c_int64
         dtypes = _DTYPES | {"T": (dtype,)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
 
+from griffin.ops.cpu import library
 from griffin.ops.cpu.library import Kernel, converted, empty_like, fp32
 
 MOST_INPUTS = 2**17  # sums of that many products of two 8-bit numbers fit 32 bits
@@ -15,6 +17,9 @@ _KERNELS = {
     torch.float32: Kernel("linear_fp32", "TF E?i T iii"),
     torch.bfloat16: Kernel("linear_bf16", "TH E?i T iii"),
 }
+_wide = Kernel("linear_wide", "TH E?i F iii")
+_add = Kernel("linear_add", "TH E?i F iii")
+_transpose = Kernel("transpose", "TH ii")
 _GATES = {
     torch.float32: Kernel("gates_fp32", "TFF T iii"),
     torch.bfloat16: Kernel("gates_bf16", "THH T iii"),
@@ -32,12 +37,49 @@ _ROWS, _PANEL = 512, 4096  # rows of x and of W of one product of int8: at most 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (N, K), N <= MOST_ROWS."""
+    """x (N, K), N <= most_rows(...)."""
     (N, K), O = x.shape, weight.shape[0]
     y = x.new_empty(N, O)
     kernel = _KERNELS[weight.dtype]
     kernel(x.dtype, x.contiguous(), weight.contiguous(), *_bias(bias), y, N, K, O)
     return y
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, K) and weight (O, K), both bf16: (N, O) fp32, the sums as they are."""
+    (N, K), O = x.shape, weight.shape[0]
+    y = torch.empty(N, O, dtype=torch.float32, device="cpu")
+    _wide(x.dtype, x.contiguous(), weight.contiguous(), None, False, y, N, K, O)
+    return y
+
+
+def add_linear_(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y += x weight^T, y (N, O) fp32 and contiguous, x and weight bf16."""
+    _add(x.dtype, x.contiguous(), weight.contiguous(), None, False, y, *x.shape, weight.shape[0])
+
+
+def transposed(x: Tensor) -> Tensor:
+    """(R, C) fp32 or bf16: (C, R) bf16."""
+    to = torch.empty(x.shape[1], x.shape[0], dtype=torch.bfloat16, device="cpu")
+    _transpose(x.dtype, x.contiguous(), to, *x.shape)
+    return to
+
+
+def most_rows(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
+    """How many rows of x `linear` takes, because more of them are quicker by PyTorch's products.
+
+    Any number of bf16 with bf16, where the CPU has an instruction for their products. With AVX-512 a tile of W meets
+    four rows of x in registers, and many rows pay as well as PyTorch's products do up to some dozens.
+    """
+    now = library.instructions()
+    if x_dtype == weight_dtype == torch.bfloat16 and now == "avx512bf16":
+        return sys.maxsize
+    return 64 if now.startswith("avx512") else 16
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU has an instruction for products of bf16, and these kernels use it."""
+    return library.instructions() == "avx512bf16"
 
 
 def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

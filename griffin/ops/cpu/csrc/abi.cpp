@@ -4,7 +4,7 @@
 #define PLAIN extern "C" __attribute__((visibility("default")))
 
 // Add one whenever a kernel's signature or meaning changes, here and in library.py: a stale build is then refused.
-PLAIN int32_t griffin_abi_version() { return 7; }
+PLAIN int32_t griffin_abi_version() { return 8; }
 
 // The instruction set this CPU and this build offer: the suffix of the kernels to call.
 PLAIN const char* griffin_instructions() {
@@ -12,7 +12,7 @@ PLAIN const char* griffin_instructions() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return "avx512";
+    return __builtin_cpu_supports("avx512bf16") ? "avx512bf16" : "avx512";
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
 #endif

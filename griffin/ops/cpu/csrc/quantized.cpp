@@ -29,8 +29,8 @@ INLINE void dots_int8(const int8_t* w, int64_t K, const Whole& x, int64_t first,
     const int64_t end = smaller(K, begin + BLOCK);
     int64_t k = begin;
     for (int m = 0; m < M; ++m) {
-      __builtin_prefetch(w + m * K + k + ahead);
-      __builtin_prefetch(w + m * K + k + ahead + 64);
+      soon(w + m * K + k + ahead);
+      soon(w + m * K + k + ahead + 64);
     }
     for (; k + SHORTS <= end; k += SHORTS) {
       Short v[N];
@@ -141,7 +141,7 @@ INLINE void dots_int4(const uint8_t* w, const bf16* w_scales, const Whole& x, in
         const float scale = number(w_scales[m * blocks + g]);
         for (int n = 0; n < N; ++n) add_scaled(total[m][n], part[n], scale * x_scales[n * blocks + g]);
       };
-      __builtin_prefetch(from + ahead);
+      soon(from + ahead);
       start(k / G);
       if (G == 32) {
         add_block<0, 2>(from, numbers + k, padded, part);

@@ -42,12 +42,41 @@ struct Bias {
 INLINE void put(float* y, float value) { *y = value; }
 INLINE void put(bf16* y, float value) { store(y, splat(value), 1); }
 
-// How far ahead of the bytes being used to ask for more: the next tile where rows are short, else within the row.
-inline int64_t prefetch_distance(int64_t row_bytes) { return row_bytes <= 4096 ? 4 * row_bytes : 1024; }
+struct Added {  // where sums are added to
+  float value;
+};
+INLINE void put(Added* y, float value) { y->value += value; }
+
+// Four sums of a row of y, and four of the next, `row` further on.
+INLINE void put(float* y, int64_t row, Quad one, Quad two) {
+  std::memcpy(y, &one, sizeof one);
+  std::memcpy(y + row, &two, sizeof two);
+}
+INLINE void put(Added* y, int64_t row, Quad one, Quad two) {
+  Quad before[2];
+  std::memcpy(before, y, sizeof one);
+  std::memcpy(before + 1, y + row, sizeof two);
+  put(&y->value, row, before[0] + one, before[1] + two);
+}
+INLINE void put(bf16* y, int64_t row, Quad one, Quad two) {
+  bf16 both[LANES];
+  store(both, Vec{one[0], one[1], one[2], one[3], two[0], two[1], two[2], two[3]});
+  std::memcpy(y, both, sizeof both / 2);
+  std::memcpy(y + row, both + 4, sizeof both / 2);
+}
+
+// How far ahead of the bytes being used to ask for more: by whole tiles where rows are short, else within the row.
+inline int64_t prefetch_distance(int64_t row_bytes) {
+  return row_bytes <= 4096 ? pieces(3072, 4 * larger(1, row_bytes)) * 4 * row_bytes : 2048;
+}
 
 constexpr int64_t LINE = 64;  // bytes
 
-// What to ask memory for while sums are made: rows m with m % shares == share of M of them from `from` on.
+INLINE void soon(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// What to ask memory for while sums are made: rows m with m % shares == share of M of them from `from` on. It is asked
+// for as far as the second cache: a core can wait for two dozen lines to reach its first one, and for twice as many
+// that the second fetches.
 template <class W>
 struct Ahead {
   const W* from;
@@ -79,6 +108,33 @@ INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t count, 
         acc[m][n] = fma(load_wide(w + m * row + k, lanes), load_wide(x + n * K + k, lanes), acc[m][n]);
   }
 }
+
+#if defined(__AVX512BF16__)
+// The same of bf16 with bf16: an instruction takes 32 inputs, two products to a lane.
+template <int M, int N>
+INLINE void dots(const bf16* w, int64_t row, const bf16* x, int64_t K, int64_t count, const Ahead<bf16>& ahead,
+                 Wide (&acc)[M][N]) {
+  constexpr int64_t STEP = LINE / sizeof(bf16);
+  const auto load_pairs = [](const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+  const auto add = [&](auto load, int64_t k) __attribute__((always_inline)) {
+    __m512bh v[N];
+    for (int n = 0; n < N; ++n) v[n] = load(x + n * K + k);
+    for (int m = 0; m < M; ++m) {
+      const __m512bh weights = load(w + m * row + k);
+      for (int n = 0; n < N; ++n) acc[m][n] = (Wide)_mm512_dpbf16_ps((__m512)acc[m][n], weights, v[n]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + STEP <= count; k += STEP) {
+    for (int64_t m = ahead.share; m < M; m += ahead.shares) soon(ahead.from + m * row + k);
+    add(load_pairs, k);
+  }
+  if (k < count) {
+    const __mmask32 some = (1u << (count - k)) - 1;
+    add([&](const bf16* p) { return (__m512bh)_mm512_maskz_loadu_epi16(some, p); }, k);
+  }
+}
+#endif
 
 // Call tile(Count<M>, Count<N>, o, n) so that rows o .. o+M-1 of W meet rows n .. n+N-1 of x, every pair once.
 template <class Tile>

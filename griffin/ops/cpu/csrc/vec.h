@@ -107,6 +107,8 @@ INLINE void store(bf16* p, Vec v, int64_t lanes = LANES) {
   }
 }
 
+typedef float Quad __attribute__((vector_size(16)));
+
 // The widest fp32 vector the instruction set has, for sums of products: sixteen lanes where there is AVX-512, else a Vec.
 #if defined(__AVX512F__)
 constexpr int64_t WIDE = 16;
@@ -123,6 +125,30 @@ INLINE float sum(Wide v) {
 
 INLINE __mmask16 first(int64_t lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
 
+// Shuffles that keep every lane: GCC 12 warns of the plain ones.
+template <int HOW>
+INLINE Wide quarters(Wide a, Wide b) {
+  return (Wide)_mm512_maskz_shuffle_f32x4(first(WIDE), (__m512)a, (__m512)b, HOW);
+}
+template <int HOW>
+INLINE Wide within_quarters(Wide a, Wide b) {
+  return (Wide)_mm512_maskz_shuffle_ps(first(WIDE), (__m512)a, (__m512)b, HOW);
+}
+
+// to[n][m] = sum(v[m][n]), each in the order of `sum`: lanes 8 apart first, then 4, 2 and 1.
+INLINE void sum_16(const Wide (&v)[4][4], Quad* to) {
+  Wide four[4], two[2];
+  for (int m = 0; m < 4; ++m) {
+    const Wide low = quarters<0x44>(v[m][0], v[m][1]) + quarters<0xee>(v[m][0], v[m][1]);
+    const Wide high = quarters<0x44>(v[m][2], v[m][3]) + quarters<0xee>(v[m][2], v[m][3]);
+    four[m] = quarters<0x88>(low, high) + quarters<0xdd>(low, high);  // a quarter for each n
+  }
+  for (int i = 0; i < 2; ++i)
+    two[i] = within_quarters<0x44>(four[2 * i], four[2 * i + 1]) + within_quarters<0xee>(four[2 * i], four[2 * i + 1]);
+  const Wide sums = within_quarters<0x88>(two[0], two[1]) + within_quarters<0xdd>(two[0], two[1]);
+  std::memcpy(to, &sums, sizeof sums);
+}
+
 INLINE Wide load_wide(const float* p, int64_t lanes = WIDE) {
   return (Wide)(lanes == WIDE ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(first(lanes), p));
 }
@@ -135,6 +161,10 @@ INLINE Wide load_wide(const bf16* p, int64_t lanes = WIDE) {
 #else
 constexpr int64_t WIDE = LANES;
 typedef Vec Wide;
+
+INLINE void sum_16(const Wide (&v)[4][4], Quad* to) {
+  for (int n = 0; n < 4; ++n) to[n] = Quad{sum(v[0][n]), sum(v[1][n]), sum(v[2][n]), sum(v[3][n])};
+}
 
 template <class T>
 INLINE Wide load_wide(const T* p, int64_t lanes = WIDE) {
