@@ -54,6 +54,9 @@ class GriffinConfig:
     max_sqrt_gradient: float | None = 1000.0
     # The first token of a document enters h unscaled: its factor sqrt(1 - a^2) is 1. In the code, not in the papers.
     unscaled_first_token: bool = True
+    # Complex-gated recurrence, R / 2 complex channels instead of R real ones: Griffin's appendix B, which found no gain
+    # from it for text. In no released model; there are no kernels for it.
+    complex_recurrence: bool = False
     # recurrentgemma: Google JAX's standard deviations, a^2 uniform on [0.9^2, 0.999^2].
     # paper: gates LeCun within a block, a^c uniform on [0.9, 0.999].
     init: Init = "recurrentgemma"
@@ -93,8 +96,14 @@ class GriffinConfig:
         for name, choices in (("embedding_scale", get_args(EmbeddingScale)), ("init", get_args(Init))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={brief(getattr(self, name))} is not one of {choices}")
-        if not isinstance(self.unscaled_first_token, bool):
-            raise ValueError(f"unscaled_first_token={brief(self.unscaled_first_token)} must be true or false")
+        for name in ("unscaled_first_token", "complex_recurrence"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={brief(getattr(self, name))} must be true or false")
+        if self.complex_recurrence and self.lru_width % (2 * self.num_gate_blocks):
+            raise ValueError(
+                f"lru_width={self.lru_width} is not a multiple of 2 * num_gate_blocks={2 * self.num_gate_blocks}: "
+                "complex_recurrence makes complex numbers of two channels"
+            )
         if (count := self.num_parameters()) > MOST_PARAMETERS:
             raise ValueError(f"these sizes make {count:.0e} parameters, more than {MOST_PARAMETERS:.0e}")
 
@@ -116,7 +125,8 @@ class GriffinConfig:
         """Count the parameters, the tied embedding once: the sum of `p.numel()` over `Griffin(config)`."""
         D, E, R = self.width, self.mlp_width, self.lru_width
         kv_width = self.num_kv_heads * self.head_width
-        gates = 2 * (R * R // self.num_gate_blocks + R)  # two block-diagonal matrices and their biases
+        r = R // 2 if self.complex_recurrence else R  # a gate of one number for each complex one
+        gates = 2 * (R * r // self.num_gate_blocks + r)  # two block-diagonal matrices and their biases
         temporal = {
             "recurrent": 2 * (D * R + R) + (R * D + D) + (self.conv_width * R + R) + gates + R,
             "attention": D * D + 2 * D * kv_width + D * D + D,

@@ -19,6 +19,7 @@ from griffin.config import GriffinConfig
 from griffin.ops import (
     block_diagonal_linear,
     causal_conv1d,
+    cg_lru,
     embed,
     geglu,
     linear,
@@ -103,15 +104,9 @@ class RGLRU(nn.Module):
         self.unscaled_first_token = config.unscaled_first_token
 
     def forward(self, x: Tensor, h0: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
-        input_gate = block_diagonal_linear(x, self.input_gate_weight, self.input_gate_bias)
-        recurrent_gate = block_diagonal_linear(x, self.recurrent_gate_weight, self.recurrent_gate_bias)
-        if span.padding is not None:
-            # r = 0, so a = 1 and no input: h passes padding unchanged.
-            recurrent_gate = recurrent_gate.masked_fill(span.padding[..., None], -torch.inf)
         return rg_lru(
             x,
-            input_gate,
-            recurrent_gate,
+            *_gates(self, x, span),
             self.recurrent_param,
             h0,
             span.reset,
@@ -119,6 +114,44 @@ class RGLRU(nn.Module):
             max_sqrt_gradient=self.max_sqrt_gradient,
             unscaled_first_token=self.unscaled_first_token,
         )
+
+
+class CGLRU(nn.Module):
+    """The same of complex numbers, x[:R/2] + i x[R/2:] and so h, with real gates: the paper's appendix B."""
+
+    def __init__(self, config: GriffinConfig) -> None:
+        super().__init__()
+        R, blocks = config.lru_width, config.num_gate_blocks
+        self.recurrent_param = nn.Parameter(torch.empty(R // 2))  # -Lambda
+        self.recurrent_angle = nn.Parameter(torch.empty(R // 2))  # c theta
+        self.input_gate_weight = nn.Parameter(torch.empty(blocks, R // blocks, R // 2 // blocks))
+        self.input_gate_bias = nn.Parameter(torch.empty(blocks, R // 2 // blocks))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(blocks, R // blocks, R // 2 // blocks))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(blocks, R // 2 // blocks))
+        self.max_sqrt_gradient = config.max_sqrt_gradient
+        self.unscaled_first_token = config.unscaled_first_token
+
+    def forward(self, x: Tensor, h0: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
+        return cg_lru(
+            x,
+            *_gates(self, x, span),
+            self.recurrent_param,
+            self.recurrent_angle,
+            h0,
+            span.reset,
+            max_sqrt_gradient=self.max_sqrt_gradient,
+            unscaled_first_token=self.unscaled_first_token,
+        )
+
+
+def _gates(lru: RGLRU | CGLRU, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    """Input gate and recurrent gate before their sigmoids."""
+    input_gate = block_diagonal_linear(x, lru.input_gate_weight, lru.input_gate_bias)
+    recurrent_gate = block_diagonal_linear(x, lru.recurrent_gate_weight, lru.recurrent_gate_bias)
+    if span.padding is not None:
+        # r = 0, so a = 1 and no input: h passes padding unchanged.
+        recurrent_gate = recurrent_gate.masked_fill(span.padding[..., None], -torch.inf)
+    return input_gate, recurrent_gate
 
 
 class RecurrentBlock(nn.Module):
@@ -131,7 +164,7 @@ class RecurrentBlock(nn.Module):
         self.linear_y = Linear(D, R, bias=True)
         self.linear_out = Linear(R, D, bias=True)
         self.conv_1d = Conv1d(R, config.conv_width)
-        self.rg_lru = RGLRU(config)
+        self.rg_lru = CGLRU(config) if config.complex_recurrence else RGLRU(config)
 
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
         y = self.linear_y(x)  # (B, T, R)
@@ -154,6 +187,8 @@ class RecurrentBlock(nn.Module):
     def _one_token(self, inputs: Tensor, y: Tensor, state: RecurrentState, reset: Tensor) -> Tensor | None:
         """What lies between the linears, where one kernel does it all and writes the state in place."""
         conv, gates = self.conv_1d, self.rg_lru
+        if isinstance(gates, CGLRU):
+            return None
         return recurrent_step_(
             *(inputs, y, conv.weight[:, 0], conv.bias),
             *(gates.input_gate_weight, gates.input_gate_bias, gates.recurrent_gate_weight, gates.recurrent_gate_bias),
@@ -400,7 +435,8 @@ def init_weights(model: Griffin, generator: torch.Generator | None = None) -> No
     | gates | recurrentgemma: sqrt(1 / R), Google JAX's; paper: sqrt(num_gate_blocks / R), LeCun within a block |
 
     recurrent_param p, with softplus(p) = -log a: recurrentgemma, a^2 uniform on [0.9^2, 0.999^2]; paper, a^8 uniform on
-    [0.9, 0.999]. Drawn and inverted in fp64: in bf16 it would take 14 different values.
+    [0.9, 0.999]. Drawn and inverted in fp64: in bf16 it would take 14 different values. recurrent_angle: uniform on
+    [0, pi / 10], Google JAX's.
     """
     config = model.config
     D, R, L = config.width, config.lru_width, config.num_layers
@@ -424,15 +460,19 @@ def init_weights(model: Griffin, generator: torch.Generator | None = None) -> No
     for name, parameter in model.named_parameters():
         *_, owner, leaf = name.split(".")
         if leaf == "recurrent_param":
-            parameter.copy_(_initial_recurrent_param(config, generator, parameter.device))
+            parameter.copy_(_initial_recurrent_param(config, len(parameter), generator, parameter.device))
+        elif leaf == "recurrent_angle":
+            parameter.uniform_(0.0, 0.1 * math.pi, generator=generator)
         elif leaf in deviations or (leaf == "weight" and owner in deviations):
             parameter.normal_(0.0, deviations[leaf if leaf in deviations else owner], generator=generator)
         else:
             parameter.zero_()  # biases, norms
 
 
-def _initial_recurrent_param(config: GriffinConfig, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    u = torch.rand(config.lru_width, generator=generator, device=device, dtype=torch.float64)
+def _initial_recurrent_param(
+    config: GriffinConfig, count: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    u = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
     if config.init == "recurrentgemma":
         log_a = (0.9**2 + u * (0.999**2 - 0.9**2)).log() / 2
     else:

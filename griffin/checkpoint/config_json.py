@@ -137,6 +137,7 @@ def config_from_json(data: Mapping[str, Any], where: str) -> GriffinConfig:
         "logits_soft_cap": None if cap == 0 and cap is not False else cap,  # 0 is Google's word for none
         "max_sqrt_gradient": take("max_sqrt_gradient", 1000.0),
         "unscaled_first_token": take("unscaled_first_token", True),
+        "complex_recurrence": take("complex_recurrence", False),
         "init": take("init", "recurrentgemma"),
     }
     if left:
@@ -203,6 +204,7 @@ def config_to_json(
         "use_cache": True,
         "vocab_size": config.vocab_size,
         "w_init_variance_scale": 0.01,
+        **({"complex_recurrence": True} if config.complex_recurrence else {}),
         **stored,
         **special_ids,
     }
@@ -216,6 +218,7 @@ def is_standard(config: GriffinConfig) -> bool:
         and config.embedding_scale == "bf16"
         and config.logits_soft_cap is not None
         and config.unscaled_first_token
+        and not config.complex_recurrence
     )
 
 

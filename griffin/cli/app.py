@@ -23,6 +23,8 @@ COMMANDS = {
     "convert": ("griffin.cli.convert:convert", "Turn Google's checkpoints into a model folder."),
     "quantize": ("griffin.cli.quantize:quantize", "Write a model in 8 or 4 bits per weight."),
     "merge": ("griffin.cli.merge:merge", "Add a LoRA adapter to a model's weights."),
+    "eval": ("griffin.cli.eval:evaluate", "Measure a model on texts, questions and benchmarks."),
+    "experiment": ("griffin.cli.experiment:experiment", "Measure the papers' claims again."),
     "tokenizer": ("griffin.cli.tokenizer:app", "Make tokenizers."),
     "data": ("griffin.cli.data:app", "Prepare data."),
     "plot": ("griffin.cli.plot:plot", "Draw the curves of runs."),

@@ -115,7 +115,7 @@ def griffin_to_google(config: GriffinConfig, tensors: Mapping[str, Tensor]) -> d
         GriffinError: Google's code has no such model, or a name or shape does not fit; the message lists them.
     """
     fixed = {"num_kv_heads": 1, "conv_width": 4, "rms_norm_eps": 1e-6, "rope_base": 10_000.0, "rope_fraction": 0.5}
-    fixed["unscaled_first_token"] = True
+    fixed |= {"unscaled_first_token": True, "complex_recurrence": False}
     if len(set(config.block_types)) == 2:
         fixed["num_gate_blocks"] = config.num_heads
     for name, value in fixed.items():

@@ -4,6 +4,7 @@ They know no module, config or state.
 """
 
 from griffin.ops.attention import local_attention, ring_attention, ring_write_
+from griffin.ops.cg_lru import cg_lru
 from griffin.ops.conv import causal_conv1d
 from griffin.ops.cross_entropy import cross_entropy
 from griffin.ops.embedding import embed, quantized_embed
@@ -20,6 +21,7 @@ from griffin.ops.soft_cap import soft_cap
 __all__ = [
     "block_diagonal_linear",
     "causal_conv1d",
+    "cg_lru",
     "cross_entropy",
     "dequantize",
     "embed",

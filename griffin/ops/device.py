@@ -65,6 +65,7 @@ _ROWS = "at most 16 rows, 64 with AVX-512; any number of bf16 with AVX512-BF16"
 OPS = {
     "linear_scan": Op("a loop over time", _cpu("recurrence"), _triton("linear_scan")),
     "rg_lru": Op("a loop over time", _cpu("recurrence"), _triton("rg_lru")),
+    "cg_lru": Op("two linear_scans in a frame that turns"),
     "causal_conv1d": Op("one product per tap", _cpu("recurrence", *_TAPS), _triton("causal_conv1d", *_TAPS)),
     "packed_rg_lru": Op("rg_lru of each row", _cpu("recurrence", False), _triton("rg_lru", False)),
     "packed_causal_conv1d": Op(

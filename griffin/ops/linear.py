@@ -83,12 +83,12 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: (B, T, R) any floating dtype, seen as (B, T, N, R / N).
-        weight: (N, R / N, R / N), input channel first; any floating dtype.
-        bias: (N, R / N), likewise. Up to 16 tokens on a CPU meet both as they are, where no gradient is recorded; in
+        weight: (N, R / N, K), input channel first; any floating dtype. K is R / N, but for complex gates' R / 2N.
+        bias: (N, K), likewise. Up to 16 tokens on a CPU meet both as they are, where no gradient is recorded; in
             all other cases they are cast to x.dtype first.
 
     Returns:
-        (B, T, R) in x.dtype.
+        (B, T, N * K) in x.dtype.
 
     Raises:
         ValueError: N blocks of weight's size do not make R channels.
@@ -96,15 +96,15 @@ def block_diagonal_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Source: Griffin, arXiv:2402.19427, section 2.4 (gates) and 4.1 (why blocks: no communication across devices).
     """
     B, T, R = x.shape
-    N, block, _ = weight.shape
-    if N * block != R or weight.shape[2] != block or bias.shape != (N, block):
+    N, block, out = weight.shape
+    if N * block != R or bias.shape != (N, out):
         raise ValueError(f"x has {R} channels, but weight is {tuple(weight.shape)} and bias {tuple(bias.shape)}")
     kernels = device.kernels("block_diagonal_linear", x, weight, bias, size=B * T)
-    if kernels is not None and weight.dtype == bias.dtype:
+    if kernels is not None and weight.dtype == bias.dtype and out == block:
         return kernels.block_diagonal_linear(x, weight, bias)
     blocks = x.reshape(B * T, N, block).transpose(0, 1)
-    y = torch.baddbmm(bias.to(x.dtype)[:, None], blocks, weight.to(x.dtype))  # (N, B * T, R / N)
-    return y.transpose(0, 1).reshape(B, T, R)
+    y = torch.baddbmm(bias.to(x.dtype)[:, None], blocks, weight.to(x.dtype))  # (N, B * T, K)
+    return y.transpose(0, 1).reshape(B, T, N * out)
 
 
 def _fake(x, weight, bias):  # type: ignore[no-untyped-def]

@@ -230,6 +230,14 @@ class Tokenizer:
         """
         return self._encode_rendered(self._chat_or_error().whole(messages, add_generation_prompt))
 
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Render the chat template over `messages`, for those who encode texts: special tokens are text in it.
+
+        Raises:
+            GriffinError: as `encode_chat`.
+        """
+        return self._chat_or_error().whole(messages, add_generation_prompt).text
+
     def encode_chat_turn(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:

@@ -14,7 +14,6 @@ from rich.console import Console
 from griffin import checkpoint
 from griffin.config import GriffinConfig
 from griffin.data.examples import MANIFEST
-from griffin.data.order import step_rows
 from griffin.data.prepare import Data
 from griffin.errors import GriffinError, is_panic, one_line
 from griffin.files import whole_file
@@ -23,15 +22,15 @@ from griffin.machine import check_memory, check_threads, find_device
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.model import Griffin
 from griffin.quantize import quantization
-from griffin.score import Validation
 from griffin.tokenizer import Tokenizer
-from griffin.train.config import TrainConfig
+from griffin.train.config import PAIRS, TrainConfig
 from griffin.train.display import Display, describe, going_on, reporting
 from griffin.train.flops import flops_per_token, peak_flops
 from griffin.train.metrics import METRICS, Metrics, check_tensorboard, curve, read_metrics
+from griffin.train.objective import Objective
 from griffin.train.optim import falling_from, learning_rate, make_optimizer, set_learning_rate
 from griffin.train.parallel import prepare_blocks
-from griffin.train.reading import objective_of, read_data, reference_of, rows_of
+from griffin.train.reading import objective_of, read_data
 from griffin.train.results import Written, best_of, save_best, take_best, write_results
 from griffin.train.snapshot import (
     Before,
@@ -45,6 +44,7 @@ from griffin.train.snapshot import (
     save_snapshot,
     set_aside,
 )
+from griffin.train.source import Prepared, Source, check_data, prepared
 from griffin.train.start import Start
 from griffin.train.step import StepResult, take_step
 from griffin.train.stop import only_process, stop_on_signal
@@ -80,6 +80,8 @@ def train(
     run: str | Path,
     *,
     resume: bool = False,
+    source: Source | None = None,
+    objective: Objective | None = None,
     sampler: Sampler | None = None,
     console: Console | None = None,
 ) -> Result:
@@ -93,6 +95,10 @@ def train(
         config: what to train on what.
         run: the run's folder; it is made.
         resume: go on from the newest checkpoint; from the beginning where there is none yet.
+        source: of the batches, on config.device; None: the data of config.train_data. Another source is all that is
+            read then: train_data is its name, and no more.
+        objective: what a step makes small, in place of config.objective's; what it keeps between steps is its own, and
+            in no checkpoint.
         sampler: called with config.sample_prompt before, after and every sample_every steps; its text is shown. An
             error of it is shown too, and the run goes on.
         console: where to show things; None is the terminal. That it can be shown is not needed: the reader may leave.
@@ -150,14 +156,19 @@ def train(
             console.print(f"{why}: going on from the one before ({set_aside(folder)} is what it was)", markup=False)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        with reporting(console) as report:
-            expected = None if before is None else before.data
-            data, bad = read_data(config, run, start, expected, report)
-        for text in bad[:MOST_SHOWN]:
-            console.print(f"left out: {text}", markup=False, soft_wrap=True)
-        if len(bad) > MOST_SHOWN:
-            console.print(f"left out: {len(bad) - MOST_SHOWN} more, named in {run / 'data' / MANIFEST}", markup=False)
-        return _Run(config, run, data, console, sampler, newest, before).go()
+        read_from: Data | Source
+        if source is not None:
+            read_from = source
+        else:
+            with reporting(console) as report:
+                expected = None if before is None else before.data
+                read_from, bad = read_data(config, run, start, expected, report)
+            for text in bad[:MOST_SHOWN]:
+                console.print(f"left out: {text}", markup=False, soft_wrap=True)
+            if len(bad) > MOST_SHOWN:
+                left = f"{len(bad) - MOST_SHOWN} more, named in {run / 'data' / MANIFEST}"
+                console.print(f"left out: {left}", markup=False)
+        return _Run(config, run, read_from, objective, console, sampler, newest, before).go()
 
 
 def check_new(run: Path, resume: bool) -> None:
@@ -175,16 +186,20 @@ class _Run:
         self,
         config: TrainConfig,
         run: Path,
-        data: Data,
+        data: Data | Source,
+        objective: Objective | None,
         console: Console,
         sampler: Sampler | None,
         newest: Path | None,
         before: Before | None,
     ) -> None:
         assert config.model is not None
-        self.config, self.run, self.data, self.sampler = config, run, data, sampler
+        self.config, self.run, self.sampler = config, run, sampler
         self.device = torch.device(find_device(config.device))
-        _check_data(config, config.model, data)
+        if isinstance(data, Data):
+            check_data(config, config.model, data)
+        elif data.tokenizer is None and config.partial:
+            raise GriffinError("a source without text trains all weights: adapters and states have a tokenizer's files")
         self.newest, self.before = newest, before
         if self.device.type == "cpu":
             keep_freed_memory() if config.recompute == "none" else return_freed_memory()
@@ -193,26 +208,21 @@ class _Run:
         self.start = None
         if config.state_tokens:
             self.model.requires_grad_(False)
+            assert data.tokenizer is not None
             self.start = Start(self.model, _state_ids(config, data.tokenizer))
         self.coverage = None if config.lora is None else _adapt(self.model, config.lora, config.seed)
         self.trained = _trained(config, self.model, self.start, data.tokenizer)
-        self.objective = objective_of(config, self.start)
-        reference = reference_of(config, run, data, None if newest is not None and not config.partial else self.model)
-        known = reference or {}
-        self.rows, self.lost = rows_of(config, data.train, known.get("train"))
-        validation_rows, _ = rows_of(config, data.validation, known.get("validation"))
+        self.objective = objective or objective_of(config, self.start)
+        fresh = newest is None or config.partial
+        self.source: Source = (
+            prepared(config, run, data, self.objective, self.model if fresh else None, self.device)
+            if isinstance(data, Data)
+            else data
+        )
         prepare_blocks(self.model, recompute=config.recompute, compiled=config.compile)
         self.optimizer = make_optimizer(self.trained.parameters().items(), config)
         self.peak_flops = config.peak_flops or peak_flops(self.device)
         self.flops_per_token = flops_per_token(config.model, config.row_tokens)
-        self.validation = Validation.over(
-            validation_rows,
-            data.tokenizer,
-            num_rows=config.validation_rows,
-            batch_rows=config.batch_rows,
-            device=self.device,
-            where=data.validation.folder,
-        )
         self.falls = falling_from(config)
         self.progress = Progress()
         self.display = Display(console, config.steps)
@@ -223,7 +233,7 @@ class _Run:
         config, progress, newest = self.config, self.progress, self.newest
         if newest is not None:
             self.progress, changes = load_snapshot(
-                newest, config, self.data.fingerprint(), self.trained, self.optimizer
+                newest, config, self.source.fingerprint(), self.trained, self.optimizer
             )
             progress = self.progress
             self.display.say(f"going on from step {progress.step} ({newest})")
@@ -260,21 +270,19 @@ class _Run:
         return [*texts[:-1], f"{texts[-1]}; the learning rate goes on from {then:.3g} with {rate:.3g}"]
 
     def _begin(self) -> None:
-        config, meta = self.config, self.data.train.meta
-        epochs = config.steps * config.grad_accumulation * config.batch_rows / self.rows.count
+        config, source = self.config, self.source
         self.display.say(
             f"model      {self.model.config.num_parameters() / 1e6:.2f}M parameters, "
             f"{self.model.config.num_layers} layers\n"
-            f"data       {meta.num_bytes / 1e6:.2f} MB of text, {meta.num_tokens:,} tokens "
-            f"({meta.num_bytes / meta.num_tokens:.2f} bytes each), seen {epochs:.2f} times"
+            f"data       {source.describe()}"
         )
         if self.coverage is not None:
             self.display.say(f"adapter    {self.coverage}")
         if self.start is not None:
             numbers = sum(value.numel() for value in self.start.parameters())
             self.display.say(f"state      {numbers:,} numbers are trained, of {self.start.num_tokens} tokens")
-        if config.objective != "text":
-            self.display.show(describe(self.data, self.rows, self.lost, config))
+        if isinstance(source, Prepared) and config.objective != "text":
+            self.display.show(describe(source.data, source.rows, source.lost, config))
         self._sample("before training")
         self._validate()
 
@@ -282,16 +290,11 @@ class _Run:
         config, progress = self.config, self.progress
         began = time.perf_counter()
         set_learning_rate(self.optimizer, rate := learning_rate(progress.step, config))
-        first = progress.step * config.grad_accumulation
-        batches = [
-            self.rows.batch(step_rows(self.rows.count, config.batch_rows, first + part, seed=config.seed)).to(
-                self.device
-            )
-            for part in range(config.grad_accumulation)
-        ]
         if config.lora is not None and config.lora.dropout:  # what is dropped is a function of the step, too
             torch.manual_seed(config.seed + (progress.step << 20))
-        result = take_step(self.model, self.objective, self.optimizer, batches, config.grad_clip)
+        result = take_step(
+            self.model, self.objective, self.optimizer, self.source.batches(progress.step), config.grad_clip
+        )
         self._count(result)
         progress.seconds += (seconds := time.perf_counter() - began)
         if result.taken:
@@ -351,13 +354,13 @@ class _Run:
         progress.logged_nats, progress.logged_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        self.measured = self.objective.measure(self.model, self.validation)
+        self.measured = dict(self.source.measure(self.model))
         step, rest = self.progress.step, dict(self.measured)
         self.metrics.write({"step": step, **{f"validation_{name}": value for name, value in self.measured.items()}})
         rate = self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
         speed = f"  {rate:,.0f} tokens/s" if rate else ""
         loss = rest.pop("loss")
-        unit = "nats/pair" if "accuracy" in rest else "nats/token"
+        unit = "nats/pair" if self.config.objective in PAIRS else "nats/token"
         texts = [f"{value:.3f} {name.replace('bits_per_byte', 'bits/byte')}" for name, value in rest.items()]
         best = " *" if self._keep_best(loss) else ""
         self.display.say("  ".join([f"step {step:6d}", f"validation {loss:.3f} {unit}", *texts]) + speed + best)
@@ -370,11 +373,11 @@ class _Run:
         return True
 
     def _sample(self, when: str) -> None:
-        if self.sampler is None:
+        if self.sampler is None or self.source.tokenizer is None:
             return
         try:
             begun = {} if self.start is None else {"state": self.start.state()}
-            text = self.sampler(self.model, self.data.tokenizer, self.config.sample_prompt, **begun)
+            text = self.sampler(self.model, self.source.tokenizer, self.config.sample_prompt, **begun)
         except BaseException as error:  # whatever it is: a sample is only shown
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
@@ -399,7 +402,7 @@ class _Run:
         return save_snapshot(
             self.run,
             self.config,
-            self.data.fingerprint(),
+            self.source.fingerprint(),
             self.trained,
             self.optimizer,
             self.progress,
@@ -413,8 +416,8 @@ class _Run:
             if self.config.keep_best:
                 step = take_best(self.run, self.trained)
                 self.display.say(f"the best at validation was step {step}: that is written")
-                self.measured = self.objective.measure(self.model, self.validation)
-            written = write_results(self.config, self.run, self.model, self.trained, self.start, self.data.tokenizer)
+                self.measured = dict(self.source.measure(self.model))
+            written = write_results(self.config, self.run, self.model, self.trained, self.start, self.source.tokenizer)
             for note in written.notes:
                 self.display.say(note)
             self._sample("after training")
@@ -432,8 +435,9 @@ class _Run:
         )
 
 
-def _trained(config: TrainConfig, model: Griffin, start: Start | None, tokenizer: Tokenizer) -> Trained:
+def _trained(config: TrainConfig, model: Griffin, start: Start | None, tokenizer: Tokenizer | None) -> Trained:
     if config.lora is not None:
+        assert tokenizer is not None
         return AdapterOnly(model, tokenizer, str(config.init_from))
     return AllWeights(model, tokenizer) if start is None else StartOnly(start)
 
@@ -473,18 +477,6 @@ def _make_model(config: TrainConfig, model: GriffinConfig, device: torch.device,
         )
     loaded.activation_dtype = activations
     return loaded
-
-
-def _check_data(config: TrainConfig, model: GriffinConfig, data: Data) -> None:
-    if data.tokenizer.vocab_size > model.vocab_size:
-        raise GriffinError(
-            f"the tokenizer has {data.tokenizer.vocab_size} ids, the model only model.vocab_size={model.vocab_size}"
-        )
-    if config.objective == "text" and (num_tokens := data.train.meta.num_tokens) <= config.row_tokens:
-        raise GriffinError(
-            f"{config.train_data}: {num_tokens} tokens to train on are less than one row and its next token "
-            f"(row_tokens={config.row_tokens}); give more text, or set row_tokens lower"
-        )
 
 
 def _check_memory(config: TrainConfig, device: str) -> None:

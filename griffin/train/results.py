@@ -59,7 +59,7 @@ def take_best(run: Path, trained: Trained) -> int:
 
 
 def write_results(
-    config: TrainConfig, run: Path, model: Griffin, trained: Trained, start: Start | None, tokenizer: Tokenizer
+    config: TrainConfig, run: Path, model: Griffin, trained: Trained, start: Start | None, tokenizer: Tokenizer | None
 ) -> Written:
     """Write what a finished run gives.
 
@@ -68,7 +68,9 @@ def write_results(
     """
     if start is not None:
         file = run / STATE
-        metadata = {} if tokenizer.chat_template is None else {CHAT_TEMPLATE: tokenizer.chat_template}
+        metadata = (
+            {} if tokenizer is None or tokenizer.chat_template is None else {CHAT_TEMPLATE: tokenizer.chat_template}
+        )
         start.state().save(file, model, metadata=metadata)
         return Written(state=file)
     folder = run / MODEL

@@ -27,7 +27,7 @@ from griffin.checksums import SUMS, read_sums, verify, write_sums
 from griffin.errors import GriffinError
 from griffin.files import remove_folder, save_tensors, whole_folder
 from griffin.reading import read_json
-from griffin.train.config import TrainConfig
+from griffin.train.config import TrainConfig, config_from_json
 from griffin.train.trained import Trained
 
 FORMAT = "griffin-train-1"
@@ -283,7 +283,7 @@ def _step(folder: Path) -> int:
 
 
 def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> None:
-    if state["fixed"] == fingerprint(config):
+    if state["fixed"] == fingerprint(config) or _same_fixed(folder, state, config):
         return
     then, now = state["config"], json.loads(config.to_json())
     differing: dict[str, tuple[Any, Any]] = {}
@@ -293,3 +293,12 @@ def _check_config(folder: Path, state: dict[str, Any], config: TrainConfig) -> N
     differing |= {key: (then.get(key, _default(key)), now[key]) for key in TUNING}
     texts = [f"{key} was {a!r}, is {b!r}" for key, (a, b) in differing.items() if a != b]
     raise GriffinError(f"{folder} is of another run: {'; '.join(texts)}. Give these as they were, or another --run")
+
+
+def _same_fixed(folder: Path, state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether it is the same run, written before there were some of today's fields: those have their defaults."""
+    try:
+        then = config_from_json(json.dumps(state["config"]), str(folder))
+    except GriffinError:  # a field of then is none of today's
+        return False
+    return fingerprint(then) == fingerprint(config)

@@ -50,7 +50,7 @@ def needed_files(config: TrainConfig) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class AllWeights:
     model: Griffin
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -26,7 +26,7 @@ from griffin.data.batches import Rows
 from griffin.data.packing import count_rows
 from griffin.data.shards import open_shard
 from griffin.errors import GriffinError
-from griffin.train import loop
+from griffin.train import loop, source
 from griffin.train.config import TrainConfig
 from griffin.train.flops import flops_per_token
 from griffin.train.loop import Result, train
@@ -257,7 +257,7 @@ def test_a_run_reads_every_row_once_per_epoch(
     config = replace(config, grad_accumulation=3, sample_every=7)
     read: list[int] = []
 
-    rows_of = loop.rows_of
+    rows_of = source.rows_of
 
     def recording(config: TrainConfig, shard: Any, *arguments: Any) -> Any:
         rows, lost = rows_of(config, shard, *arguments)
@@ -269,7 +269,7 @@ def test_a_run_reads_every_row_once_per_epoch(
 
         return Rows(rows.count, batch), lost
 
-    monkeypatch.setattr(loop, "rows_of", recording)
+    monkeypatch.setattr(source, "rows_of", recording)
     run(config, tmp_path / "run", sampler=signals_on(2, signal.SIGINT))
     run(config, tmp_path / "run", resume=True)
     num_rows = count_rows(open_shard(tmp_path / "run" / "data" / "train"), config.row_tokens)

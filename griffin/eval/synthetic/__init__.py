@@ -1,0 +1,1 @@
+"""Tasks made by rule: what a model must remember is known, and so is chance."""
