@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import transformers
 from transformers import PreTrainedConfig
 
 from griffin.checkpoint.config_json import OWN_MODEL_TYPE, config_from_json
@@ -17,8 +22,34 @@ class OwnConfig(PreTrainedConfig):
 
     model_type = OWN_MODEL_TYPE
     keys_to_ignore_at_inference = ("past_key_values",)
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})  # as below
     use_cache: bool = True
     tie_word_embeddings: bool = True
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        return self.logits_soft_cap
+
+
+class RecurrentGemmaConfig(transformers.RecurrentGemmaConfig):
+    """transformers' config of `recurrent_gemma` folders, which names GriffinForCausalLM as what it is of.
+
+    TRL and others make a model by the name that they find in `architectures`, among transformers' own classes, before
+    they ask AutoModelForCausalLM. (The class has the name that transformers' tables look for.)
+    """
+
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {}
+    )  # TRL asks every config that names no class of transformers
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.architectures = ["GriffinForCausalLM"]
+
+    @property
+    def final_logit_softcapping(self) -> float:
+        """The cap by Gemma 2's name, for trainers that apply the head themselves: they would leave it out."""
+        return self.logits_soft_cap
 
 
 def architecture(config: PreTrainedConfig) -> GriffinConfig:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, RecurrentGemmaConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from griffin.checkpoint.layout import some
+from griffin.integrations.transformers.backbone import Backbone, positions_of, rows_of
 from griffin.integrations.transformers.cache import GriffinCache
-from griffin.integrations.transformers.config import architecture, quantization
-from griffin.integrations.transformers.modules import OutputLinear, is_plain, layers, network
-from griffin.integrations.transformers.padding import IGNORED, Rows, targets
+from griffin.integrations.transformers.config import RecurrentGemmaConfig, quantization
+from griffin.integrations.transformers.modules import OutputLinear, is_plain
+from griffin.integrations.transformers.padding import IGNORED, targets
 from griffin.loss import NOT_COUNTED, cross_entropy
 from griffin.model import Griffin, init_weights
-from griffin.span import advance_, span_of
-from griffin.state import State
-
-# What collators of packed rows add to position_ids, and what says nothing beside them.
-_SAID_BY_POSITIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,25 +43,23 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
     _is_stateful = False  # a cache holds it all, and can be cropped
 
     def __init__(self, config: PreTrainedConfig, skip_logits: bool = False) -> None:
+        if type(config) is transformers.RecurrentGemmaConfig:  # as a program makes it, not register's
+            config = RecurrentGemmaConfig.from_dict(config.to_dict())
         super().__init__(config)
-        shape, form = architecture(config), quantization(config)
         dtype, device = torch.get_default_dtype(), torch.get_default_device()
-        self.model = layers(shape, form, dtype, device)
+        self.model = Backbone(config, dtype, device)
         self.lm_head: nn.Module | None = None  # of a quantised model, the embedding
-        if form is None:
-            self.lm_head = OutputLinear(shape.width, shape.vocab_size, bias=False, device=device, dtype=dtype)
+        if quantization(config) is None:
+            V, D = cast(Tensor, self.model.embed_tokens.weight).shape
+            self.lm_head = OutputLinear(D, V, bias=False, device=device, dtype=dtype)
             self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-        self._griffin = (Griffin(shape, device="meta"),)  # (in a tuple, so that its modules are not this one's too)
         self.skip_logits, self.gradient_checkpointing = skip_logits, False
         self.post_init()
 
     @property
     def griffin(self) -> Griffin:
         """The Griffin that runs this model's modules as they are now: for `griffin.generate` and the like."""
-        dtype, kind = self._activation_dtype(), self._griffin[0]
-        if (now := network(kind, self.model, self.lm_head, dtype)) is not kind:
-            self._griffin = (now,)
-        return now
+        return self.model.griffin(self.lm_head)
 
     def forward(
         self,
@@ -96,7 +92,7 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), what each token is; -100 is not counted. Each predicts the next of its document.
             use_cache: whether to give past_key_values; None: if there are some, or config.use_cache and not training.
             logits_to_keep: of the last so many columns, or of these columns; 0: all.
-            output_hidden_states: give what enters each block, and the last block's result normed.
+            output_hidden_states: give what enters each block, and the last block's result normed. None as config's.
             skip_logits: None as the model's.
             num_items_in_batch: what the sum of nats is divided by; None: the labels counted.
 
@@ -106,103 +102,73 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: what cannot be right: a cache of another kind, masks of another shape, offsets that do not fit.
         """
-        _check_others(others, position_ids, output_attentions)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, one of them")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        assert given is not None
-        B, T = given.shape[:2]
-        griffin = self.griffin
-        cache = self._cache(past_key_values, use_cache)
-        state = None if cache is None else cache.begin(griffin, B)
-        columns = 0 if cache is None else cache.columns
-        rows = _rows(attention_mask, B, T, columns)
-        positions = _positions(position_ids, rows, B, T, state, cache)
-
-        plain = rows is None and positions is None and inputs_embeds is None
-        unread = None if cache is None else cache.unread
-        if unread is not None:
-            if not plain or input_ids is None:
-                raise ValueError("after crop, the next call takes tokens alone: no padding, packing or inputs_embeds")
-            input_ids = torch.cat([unread, input_ids], dim=1)
-        before = None if cache is None else cache.before(input_ids if plain else None)
-
-        last = states = loss = logits = None
-        if plain and not output_hidden_states and labels is None and self._may_step(griffin, cache, input_ids):
-            assert cache is not None
-            assert input_ids is not None
-            logits = cache.step(griffin)(input_ids[:, 0]).clone()[:, None]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: the kernels never form attention weights")
+        cache = self.model.cache(past_key_values, use_cache)
+        wanted = labels is not None or output_hidden_states or inputs_embeds is not None or others
+        if not wanted and (logits := self._step(input_ids, attention_mask, position_ids, cache)) is not None:
+            output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         else:
-            earlier = None if rows is None or cache is None else _earlier(rows, cache)
-            hidden, states = _run(griffin, input_ids, inputs_embeds, state, positions, rows, output_hidden_states)
-            hidden = hidden[:, -T:] if rows is None else rows.back(hidden, earlier)
-            if states is not None:
-                states = tuple(x[:, -T:] if rows is None else rows.back(x) for x in states)
-            last = hidden[:, -1].detach()
-            loss, logits = self._heads(
-                griffin, hidden, labels, position_ids, rows, logits_to_keep, skip_logits, num_items_in_batch
+            body = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=False if cache is None else None,
+                output_hidden_states=output_hidden_states,
+                head=self.lm_head,
+                **others,
             )
-        if cache is not None:
-            cache.after(T, input_ids if plain else None, before, last)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
+            hidden = body.last_hidden_state
+            keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            if labels is None:
+                loss, logits = None, self.griffin.logits(hidden[:, keep])
+            else:
+                B, T = labels.shape
+                rows = rows_of(attention_mask, B, T, 0 if cache is None else cache.columns - T)
+                starts = None if position_ids is None else (position_ids == 0).expand_as(labels)
+                follows = targets(labels.to(hidden.device), rows, starts)
+                skip = self.training and self.skip_logits if skip_logits is None else skip_logits
+                loss, logits = self._loss(hidden, follows, num_items_in_batch, skip)
+                logits = None if logits is None else logits[:, keep]
+            output = CausalLMOutputWithPast(loss, logits, cache, body.hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _heads(
-        self,
-        griffin: Griffin,
-        hidden: Tensor,
-        labels: Tensor | None,
-        position_ids: Tensor | None,
-        rows: Rows | None,
-        logits_to_keep: int | Tensor,
-        skip_logits: bool | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Give the loss and the logits, each None where it is not wanted."""
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        kept = hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
-        if labels is None:
-            return None, griffin.logits(kept)
-        starts = None if position_ids is None else (position_ids == 0).expand_as(labels)
-        wanted = targets(labels.to(hidden.device), rows, starts)
-        skip = self.training and self.skip_logits if skip_logits is None else skip_logits
-        if skip and isinstance(self.lm_head, OutputLinear):
-            counted = wanted.masked_fill(wanted == IGNORED, NOT_COUNTED)
-            nats, count = cross_entropy(hidden, griffin.embedding, counted, soft_cap=griffin.config.logits_soft_cap)
-            return nats / (count if num_items_in_batch is None else num_items_in_batch), None
-        logits = griffin.logits(hidden)
-        loss = self.loss_function(
-            logits=logits,
-            labels=None,
-            shift_labels=wanted,
-            vocab_size=griffin.config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
-        return loss, logits[:, keep if isinstance(logits_to_keep, int) else logits_to_keep]
-
-    def _activation_dtype(self) -> torch.dtype:
-        """The parameters', or autocast's within it: which is what mixed-precision training asks for."""
-        parameter = cast(Tensor, self.model.final_norm.weight if self.lm_head is None else self.lm_head.weight)
-        kind = parameter.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        return parameter.dtype
-
-    def _cache(self, past: Any, use_cache: bool | None) -> GriffinCache | None:
-        if past is not None and not isinstance(past, GriffinCache):
-            raise ValueError(
-                f"past_key_values is a {type(past).__name__}, which cannot hold a recurrent state; "
-                "leave it out, or pass griffin.integrations.transformers.GriffinCache()"
-            )
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        return GriffinCache() if past is None and use_cache else past
-
-    def _may_step(self, griffin: Griffin, cache: GriffinCache | None, tokens: Tensor | None) -> bool:
-        """Whether this call is the recorded step: one token of every row, where nothing else is asked or set."""
+    def _step(
+        self, tokens: Tensor | None, mask: Tensor | None, position_ids: Tensor | None, cache: GriffinCache | None
+    ) -> Tensor | None:
+        """Give the logits of one more token of each row by the recorded step; None where that cannot be."""
         if cache is None or tokens is None or tokens.shape[1] != 1 or tokens.device.type != "cpu":
-            return False
-        return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(griffin)
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or cache.unread is not None:
+            return None
+        B, griffin = len(tokens), self.griffin
+        if not is_plain(griffin) or rows_of(mask, B, 1, cache.columns) is not None:
+            return None
+        cache.begin(griffin, B)
+        if positions_of(position_ids, None, B, 1, cache) is not None:
+            return None
+        before = cache.before(tokens)
+        logits = cache.step(griffin)(tokens[:, 0]).clone()  # the next step may write over it
+        cache.after(1, tokens, before, None)
+        return cast(Tensor, logits)[:, None]
+
+    def _loss(
+        self, hidden: Tensor, follows: Tensor, count: Tensor | int | None, skip: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Give the nats of what follows each column, over `count` or the mean, and all logits or, skipped, None."""
+        griffin = self.griffin
+        if skip and type(self.lm_head) is OutputLinear:
+            counted = follows.masked_fill(follows == IGNORED, NOT_COUNTED)
+            nats, found = cross_entropy(hidden, griffin.embedding, counted, soft_cap=griffin.config.logits_soft_cap)
+            return nats / (found if count is None else count), None
+        logits = griffin.logits(hidden)
+        V = griffin.config.vocab_size
+        loss = self.loss_function(logits, None, V, shift_labels=follows, num_items_in_batch=count)
+        return loss, logits
 
     # What transformers asks of a model class.
 
@@ -210,7 +176,7 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        setattr(self.model, "embed_tokens", value)  # noqa: B010, any table; mypy knows it as ours
+        self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head
@@ -224,17 +190,19 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
         head = OutputLinear(D, V, bias=False, device="meta", dtype=table.weight.dtype)
         head.weight = table.weight
         self.lm_head = head
-        self._griffin = (Griffin(architecture(self.config), device="meta"),)
+        self.model.reshape_()
         return table
 
     def initialize_weights(self) -> None:
-        """Fill what no checkpoint gave, all at once: `griffin.model.init_weights`."""
-        parameters = dict(self.named_parameters())
+        """Fill all parameters where no checkpoint gave any: `griffin.model.init_weights`."""
+        parameters = {name: p for name, p in self.named_parameters() if name != "lm_head.weight"}
         missing = [name for name, p in parameters.items() if not getattr(p, "_is_hf_initialized", False)]
         if missing and len(missing) < len(parameters):
             raise ValueError(f"the checkpoint lacks {some(missing)}; config.json is of another model")
         if missing:
-            init_weights(network(self._griffin[0], self.model, None, self._activation_dtype()))
+            whole = copy.copy(self.griffin)
+            whole._modules = {"model": self.model}  # parameters by their names in a checkpoint
+            init_weights(whole)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -251,10 +219,12 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """Refuse what `griffin.load` refuses; transformers would warn, and make up or drop weights."""
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        lacks, extra = sorted(loading_info.missing_keys - {"lm_head.weight"}), sorted(loading_info.unexpected_keys)
+        lacks, extra = loading_info.missing_keys - {"lm_head.weight"}, loading_info.unexpected_keys
+        if not extra and len(lacks) == len(list(self.model.parameters())):
+            return  # nothing was to be read: state_dict={} asks for new weights
         for what, names in (("lacks", lacks), ("has, which the model does not,", extra)):
             if names:
-                raise ValueError(f"the checkpoint {what} {some(names)}; config.json is of another model")
+                raise ValueError(f"the checkpoint {what} {some(sorted(names))}; config.json is of another model")
 
     def _set_gradient_checkpointing(
         self,
@@ -289,85 +259,7 @@ class GriffinForCausalLM(PreTrainedModel, GenerationMixin):
             cache = model_kwargs["past_key_values"] = GriffinCache()
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-        self._cache(cache, False)
-
-
-def _run(
-    griffin: Griffin,
-    tokens: Tensor | None,
-    embeddings: Tensor | None,
-    state: State | None,
-    positions: Tensor | None,
-    rows: Rows | None,
-    with_states: bool | None,
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Run the network over tokens moved to the left: the last hidden states, and what entered each block."""
-    if rows is not None:
-        tokens, embeddings = (None if x is None else rows.left(x) for x in (tokens, embeddings))
-    seen: list[Tensor] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        for block in (griffin.blocks if with_states else ())
-    ]
-    try:
-        lengths = None if rows is None else rows.lengths
-        if tokens is not None:
-            hidden = griffin(tokens, state, positions=positions, lengths=lengths)
-        else:
-            assert embeddings is not None
-            ids = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-            span = span_of(griffin.config, ids, state, positions, lengths, griffin.activation_dtype)
-            hidden = griffin.run(embeddings, state, span)
-            if state is not None:
-                advance_(state, span)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hidden, (*seen, hidden) if with_states else None
-
-
-def _rows(mask: Tensor | None, B: int, T: int, columns: int) -> Rows | None:
-    """Read the mask of this call's T columns; None where there is no padding among them."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != B or mask.shape[1] not in (T, columns + T):
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {found}; it must be ({B}, {T}) or ({B}, {columns + T}): which columns are padding. "
-            "Documents packed into a row are said by position_ids"
-        )
-    present = mask[:, -T:].bool()
-    return None if present.all() else Rows.of(present)
-
-
-def _positions(
-    position_ids: Tensor | None, rows: Rows | None, B: int, T: int, state: State | None, cache: GriffinCache | None
-) -> Tensor | None:
-    """Give offsets as our model takes them; None where each row goes on, which is the quicker way."""
-    if position_ids is None:
-        return None
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
-        raise ValueError(f"position_ids is {tuple(position_ids.shape)}; it must be ({B}, {T}) or (1, {T})")
-    positions = position_ids.expand(B, T).to(torch.int64)
-    if rows is not None:
-        positions = rows.left(positions)
-    if torch.compiler.is_compiling():
-        return positions
-    start = positions.new_zeros(B) if state is None else state.position
-    if cache is not None and cache.unread is not None:
-        start = start + cache.unread.shape[1]
-    going_on = start[:, None] + torch.arange(T, device=positions.device)
-    same = positions == going_on
-    if rows is not None:
-        same |= torch.arange(T, device=positions.device) >= rows.lengths[:, None]
-    return None if same.all() else positions
-
-
-def _earlier(rows: Rows, cache: GriffinCache) -> Tensor | None:
-    """What columns of padding before this call's first token stand for: the latest token of earlier calls."""
-    if cache.columns and cache.last is None and bool((rows.latest[:, -1] < 0).any()):
-        raise ValueError("a row has nothing but padding here, and its latest token was decoded: give it no padding")
-    return cache.last
+        self.model.cache(cache, False)
 
 
 def _recomputed(
@@ -377,13 +269,3 @@ def _recomputed(
     if state is not None or not block.training or not torch.is_grad_enabled():
         return forward(block, x, state, span)  # with a state a second forward would write it twice
     return again(forward, block, x, state, span)
-
-
-def _check_others(others: dict[str, Any], position_ids: Tensor | None, output_attentions: bool | None) -> None:
-    if output_attentions:
-        raise ValueError("output_attentions: the kernels never form attention weights")
-    said = {name for name, value in others.items() if value is not None}
-    if position_ids is None and (boundaries := said & _SAID_BY_POSITIONS):
-        raise ValueError(f"{', '.join(sorted(boundaries))} without position_ids: documents are told by position_ids")
-    if unknown := said - _SAID_BY_POSITIONS:
-        raise TypeError(f"GriffinForCausalLM takes no {', '.join(sorted(unknown))}")

@@ -11,7 +11,7 @@ from griffin.config import GriffinConfig
 from griffin.model import Embedding, Griffin, Layers
 from griffin.model import Linear as OwnLinear
 from griffin.ops import embed, linear, output_linear
-from griffin.quantize import Quantization, quantize
+from griffin.quantize import Quantization, QuantizedEmbedding, quantize
 from griffin.replace import Replaceable, replace
 
 
@@ -32,13 +32,13 @@ class OutputLinear(nn.Linear):
 class _Ends(nn.Module):
     """An embedding and an output matrix as the one table that `Griffin` asks: whatever modules they have become."""
 
-    def __init__(self, table: nn.Module, head: nn.Module) -> None:
+    def __init__(self, table: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
         self.table, self.head = table, head
 
     @property
     def weight(self) -> Tensor:
-        return cast(Tensor, self.head.weight)
+        return cast(Tensor, (self.table if self.head is None else self.head).weight)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype, scale: float | None) -> Tensor:
         """Give x for (B, T) tokens, or for their (B, T, D) rows of the table."""
@@ -49,7 +49,8 @@ class _Ends(nn.Module):
         return rows if scale is None else rows * scale
 
     def output(self, hidden: Tensor) -> Tensor:
-        return cast(Tensor, self.head(hidden)).to(torch.promote_types(hidden.dtype, torch.float32))
+        logits = output_linear(hidden, self.weight) if self.head is None else cast(Tensor, self.head(hidden))
+        return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def layers(config: GriffinConfig, form: Quantization | None, dtype: torch.dtype, device: torch.device) -> Layers:
@@ -62,7 +63,7 @@ def layers(config: GriffinConfig, form: Quantization | None, dtype: torch.dtype,
     return griffin.model if device.type == "meta" else griffin.model.to_empty(device=device)
 
 
-def network(griffin: Griffin, model: Layers, head: nn.Module | None, dtype: torch.dtype) -> Griffin:
+def network(griffin: Griffin, model: Any, head: nn.Module | None, dtype: torch.dtype) -> Griffin:
     """Give the Griffin that runs the modules of `model` as they are now; `griffin` itself, where it does.
 
     Args:
@@ -71,14 +72,14 @@ def network(griffin: Griffin, model: Layers, head: nn.Module | None, dtype: torc
         head: the output matrix; None: the embedding's.
         dtype: of the activations.
     """
-    ends = model.embed_tokens if head is None else (model.embed_tokens, head)
-    parts = (ends, model.layers, model.final_norm, dtype)
+    parts = (model.embed_tokens, head, model.layers, model.final_norm, dtype)
     if griffin.__dict__.get("_parts") == parts:
         return griffin
     twin = Griffin.__new__(Griffin)
     twin.__dict__.update(griffin.__dict__)
     body = nn.Module()
-    body.embed_tokens = model.embed_tokens if head is None else _Ends(model.embed_tokens, head)
+    table = model.embed_tokens
+    body.embed_tokens = table if isinstance(table, QuantizedEmbedding) else _Ends(table, head)
     body.layers, body.final_norm = model.layers, model.final_norm
     twin._modules = {"model": body}
     twin.__dict__["_activation_dtype"], twin.__dict__["_parts"] = dtype, parts
