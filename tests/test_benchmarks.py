@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs to its end: a rented machine is no place to find out that it does not."""
+"""Benchmarks run to their end: a rented machine is no place to find out that they do not."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def test_the_gpu_benchmark_runs_at_toy_sizes() -> None:
     assert "WRONG" not in done.stdout
     assert "is left out: " not in done.stdout, done.stdout  # a task that raised
     assert "out of memory" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_inside_transformers_runs_at_toy_sizes() -> None:
+    sizes = ["--shapes", "2x24", "--generate", "1x8", "2x8", "--tokens", "4", "--rounds", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks.huggingface", "--small", "--no-save", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("| before |") == 5
+    assert done.stdout.count("| after, no logits |") == 1
