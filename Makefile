@@ -1,5 +1,6 @@
 # make demo   train a small Griffin on Shakespeare and see it write: a few minutes on two CPU cores
 # make test   the tests that are quick;  make slow: the others;  make lint: style, types, layers
+# make docs   the documentation site, into site/: warnings are errors
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,9 +8,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 # pip keeps no record of what it was asked for: a stamp per set of packages says when it was last done.
 DEMO := .venv/.installed-train
 DEV := .venv/.installed-dev
+DOCS := .venv/.installed-docs
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow lint docs
 
 # A finished or interrupted demo is not overwritten: the next one gets a folder of its own.
 demo: $(DEMO)
@@ -29,6 +31,10 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# (mkdocs 1 prints that mkdocs 2 will be another program.)
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("griffin needs Python 3.11 or newer; make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -40,6 +46,10 @@ $(DEMO): $(INPUTS) | $(BIN)/pip
 $(DEV): $(INPUTS) | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(DEMO)
+
+$(DOCS): $(INPUTS) | $(BIN)/pip
+	$(INSTALL) -e ".[docs,transformers]"
+	@touch $@
 
 # The Gemma tokenizer for the tests that compare with it; not part of the project.
 .cache/gemma.model: | $(BIN)/pip

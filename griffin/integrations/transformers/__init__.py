@@ -5,7 +5,7 @@
     griffin_transformers.register()
     model = AutoModelForCausalLM.from_pretrained("google/recurrentgemma-2b-it")
 
-Nothing of transformers is patched: its own tables of classes get two entries, which `unregister` takes out again.
+Nothing of transformers is patched: its own tables of classes get entries, which `unregister` takes out again.
 """
 
 from __future__ import annotations
