@@ -1,6 +1,7 @@
 # make demo   train a small Griffin on Shakespeare and see it write: a few minutes on two CPU cores
 # make serve  OpenAI's API and a chat page for the demo's model
 # make test   the tests that are quick;  make slow: the others;  make lint: style, types, layers
+# make docs   the documentation site, into site/: warnings are errors
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,9 +10,10 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 DEMO := .venv/.installed-train
 SERVE := .venv/.installed-serve
 DEV := .venv/.installed-dev
+DOCS := .venv/.installed-docs
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo serve test slow lint
+.PHONY: demo serve test slow lint docs
 
 # A finished or interrupted demo is not overwritten: the next one gets a folder of its own.
 demo: $(DEMO)
@@ -35,6 +37,10 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# (mkdocs 1 prints that mkdocs 2 will be another program.)
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("griffin needs Python 3.11 or newer; make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -50,6 +56,10 @@ $(SERVE): $(INPUTS) | $(BIN)/pip
 $(DEV): $(INPUTS) | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(DEMO) $(SERVE)
+
+$(DOCS): $(INPUTS) | $(BIN)/pip
+	$(INSTALL) -e ".[docs,transformers]"
+	@touch $@
 
 # The Gemma tokenizer for the tests that compare with it; not part of the project.
 .cache/gemma.model: | $(BIN)/pip

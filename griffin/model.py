@@ -169,7 +169,8 @@ class RecurrentBlock(nn.Module):
     def forward(self, x: Tensor, state: RecurrentState | None, span: Span) -> Tensor:
         y = self.linear_y(x)  # (B, T, R)
         inputs = self.linear_x(x)  # (B, T, R)
-        if state is not None and x.shape[1] == 1 and span.lengths is None and span.packing is None:
+        own = isinstance(self.rg_lru, RGLRU)  # not wrapped: an adapter of its gates has a forward of its own
+        if own and state is not None and x.shape[1] == 1 and span.lengths is None and span.packing is None:
             out = self._one_token(inputs[:, 0], y[:, 0], state, span.reset[:, 0])
             if out is not None:
                 return self.linear_out(out[:, None])

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU runs to its end: a rented machine is no place to find out that it does not."""
+"""Benchmarks run to their end: a rented machine is no place to find out that they do not."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def test_the_engines_benchmark_runs_at_toy_sizes() -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for part in ("one after the other", "long prompt", "requests, all", "a JSON list"):
         assert part in done.stdout
+
+
+def test_the_benchmark_inside_transformers_runs_at_toy_sizes() -> None:
+    sizes = ["--shapes", "2x24", "--generate", "1x8", "2x8", "--tokens", "4", "--rounds", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "benchmarks.huggingface", "--small", "--no-save", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("| before |") == 5
+    assert done.stdout.count("| after, no logits |") == 1
