@@ -279,7 +279,7 @@ class Engine:
 
     def _check(self, request: Request, state: Held | State | None) -> None:
         vocab_size = self.model.config.vocab_size
-        if request.prompt or not isinstance(state, Held) or state.logits is None:
+        if request.prompt or state is None or isinstance(state, State) or state.logits is None:
             check_ids([request.prompt], vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             if (wanted := getattr(request, name)) is not None and not 0 <= wanted <= vocab_size:
@@ -293,7 +293,7 @@ class Engine:
         if request.n > self.slots:
             raise ValueError(f"n={request.n} answers do not fit {self.slots} slots")
         if state is not None:
-            rows = state.state if isinstance(state, Held) else state
+            rows = state if isinstance(state, State) else state.state
             check_origin(rows, self.model)
             if rows.batch_size != 1:
                 raise GriffinError(f"the state has {rows.batch_size} rows; a request goes on from one")
@@ -368,7 +368,7 @@ class Engine:
                 count, state = found
                 tokens = tokens[count:]
                 self._counts["tokens_from_snapshots"] += count
-        if isinstance(state, Held):
+        if state is not None and not isinstance(state, State):
             logits, state = None if tokens else state.logits, state.state
         own = self.model.new_state(1) if state is None else state.clone() if handle.resumes else state
         for row in handle.rows:
