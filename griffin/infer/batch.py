@@ -23,9 +23,9 @@ from griffin.infer.row import Row
 from griffin.infer.sampling import NUCLEUS_FIRST, Choice, Chosen, Columns, Filters, choose, draws, read_each
 from griffin.infer.step import DecodeStep
 from griffin.model import Griffin
-from griffin.ops.cpu.record import available
 from griffin.state import State
 
+_RECORDED = 16  # rows of a step that a CPU records: products of more are PyTorch's
 _STEPS = 8  # kept on a CPU, for so many numbers of rows: another costs one step's Python, each keeps its logits
 
 
@@ -237,9 +237,9 @@ class Batch:
 
     def bucket(self, rows: int) -> int:
         """How many places a step for so many rows computes."""
-        if not self._uniform.is_cuda and not available():
-            return rows  # no step is kept, so none has to serve for several numbers
-        return min(_bucket(rows, exact=1 if self._uniform.is_cuda else 16), self.places)
+        if not self._uniform.is_cuda:
+            return rows  # recording a step costs little, and beyond some 8 rows it takes as long as it has rows
+        return min(_bucket(rows), self.places)
 
     def _take(
         self, rows: Sequence[Row], choice: Choice, faults: list[str | None], logits: Tensor | None = None
@@ -340,6 +340,8 @@ class Batch:
         if step is None:
             then = partial(self._choose, places=places) if whole else None
             step = DecodeStep(self.model, self._state.head(places), then)
+            if not whole and places > _RECORDED:
+                step.kept = None
         self._steps[key] = step
         if not whole and len(self._steps) > _STEPS:
             del self._steps[next(iter(self._steps))]
@@ -381,13 +383,8 @@ def place_bytes(model: Griffin) -> tuple[int, int]:
     return state.nbytes, sum(column.nbytes for column in columns.tensors()) + 8 + 6 * model.config.vocab_size
 
 
-def _bucket(rows: int, exact: int) -> int:
-    """Up to `exact` each number, up to 8 powers of 2, then four steps to the next: 10, 12, 14, 16, 20, 24, 28, 32 ...
-
-    Beyond some 8 rows a CPU's step takes as long as it has rows, and recording one costs little; a GPU's graph is dear.
-    """
-    if rows <= exact:
-        return rows
+def _bucket(rows: int) -> int:
+    """Up to 8 the powers of 2, then four steps to the next, 10, 12, 14, 16, 20, 24 ...: a GPU's graph is dear."""
     power = 2 ** (rows - 1).bit_length()
     step = power if power <= 8 else power // 8
     return -(-rows // step) * step

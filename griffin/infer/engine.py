@@ -283,7 +283,7 @@ class Engine:
 
     def _check(self, request: Request, state: Held | State | Answered | None) -> None:
         vocab_size = self.model.config.vocab_size
-        if request.prompt or not isinstance(state, Held) or state.logits is None:
+        if request.prompt or state is None or isinstance(state, State) or state.logits is None:
             check_ids([request.prompt], vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             if (wanted := getattr(request, name)) is not None and not 0 <= wanted <= vocab_size:
@@ -377,7 +377,7 @@ class Engine:
                 handle.from_snapshots = count
         if isinstance(state, Answered):
             tokens, state = state.unread, state.state
-        elif isinstance(state, Held):
+        elif state is not None and not isinstance(state, State):
             logits, state = None if tokens else state.logits, state.state
         own = self.model.new_state(1) if state is None else state.clone() if handle.resumes else state
         for row in handle.rows:

@@ -76,6 +76,15 @@ def test_neighbours_that_come_and_go_change_nothing(model: Griffin, tokenizer: T
     assert engine.stats().tokens_read == sum(len(each.prompt) for each in asked)
 
 
+def test_more_rows_than_a_recorded_step_has(model: Griffin, tokenizer: Tokenizer) -> None:
+    asked = [request(TEXT[i : i + 9], 2 + i) for i in range(24)]
+    engine = Engine(model, tokenizer, slots=24, gap=float("inf"), poison=True)
+    handles = [engine.submit(each) for each in asked]
+    finish(engine)
+    for each, handle in zip(asked, handles, strict=True):
+        assert handle.completion().tokens == alone(model, tokenizer, each).tokens
+
+
 def test_a_long_prompt_does_not_stop_who_is_decoding(model: Griffin, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer, slots=3, gap=1e-9)  # every chunk is the least there is
     first = engine.submit(request("ab", 50))

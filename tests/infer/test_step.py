@@ -91,6 +91,15 @@ def test_no_rows(model: Griffin) -> None:
 
 
 @needs_kernels
+def test_any_number_of_rows_gives_each_the_same_bits(model: Griffin) -> None:
+    """Up to 16, whose products are our kernels': who decodes beside a row, and how many, cannot change it."""
+    state, tokens = _read(model, [20] * 16), torch.randint(0, model.config.vocab_size, (16,))
+    alone = torch.cat([DecodeStep(model, state.rows([row]))(tokens[row : row + 1]).clone() for row in range(16)])
+    for count in range(2, 17):
+        assert torch.equal(DecodeStep(model, state.rows(range(count)))(tokens[:count]), alone[:count])
+
+
+@needs_kernels
 def test_any_number_of_threads_gives_the_same_bits(make_lively: MakeModel) -> None:
     model, found = _model(make_lively, "float32"), []
     for threads in (1, 2, 3, 4):
