@@ -112,7 +112,7 @@ def span_of(
 def _packed(config: GriffinConfig, tokens: Tensor, state: State, offsets: Tensor, dtype: torch.dtype) -> Span:
     """Give the span of packed rows that go on from a state. On a GPU this waits once, for the state's positions."""
     if torch.is_grad_enabled():
-        _check_gradients(state)
+        _check_gradients(state, 1)
     if tokens.device.type == "cpu":
         check_tokens(tokens, config.vocab_size)
     # All of it is reckoned on the host, where sizes are needed.

@@ -283,7 +283,7 @@ class Engine:
 
     def _check(self, request: Request, state: Held | State | Answered | None) -> None:
         vocab_size = self.model.config.vocab_size
-        if request.prompt or state is None or isinstance(state, State) or state.logits is None:
+        if request.prompt or state is None or isinstance(state, State | Answered) or state.logits is None:
             check_ids([request.prompt], vocab_size)
         for name in ("logprobs", "prompt_logprobs"):
             if (wanted := getattr(request, name)) is not None and not 0 <= wanted <= vocab_size:

@@ -291,23 +291,6 @@ class Tokenizer:
             dialogues.append(Dialogue(ids, answers))
         return dialogues
 
-    def with_chat_template(self, source: str) -> Tokenizer:
-        """A tokenizer of the same vocabulary and rules with another chat template.
-
-        Raises:
-            GriffinError: the template is longer than any is.
-        """
-        return Tokenizer(
-            tokenizers.Tokenizer.from_str(self.backend.to_str()),
-            bos=self._names["bos_token"],
-            eos=self._names["eos_token"],
-            pad=self._names["pad_token"],
-            chat_template=source,
-            stop_ids=self.stop_ids,
-            add_bos=bool(self.begin_ids),
-            add_eos=bool(self.end_ids),
-        )
-
     @cached_property
     def speaks_gemma(self) -> bool:
         """Whether the vocabulary has the tokens that Gemma's dialogue is written with."""

@@ -355,6 +355,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
         return choice, faults
 
     monkeypatch.setattr(batch, "read_each", read)
+
+
 def test_a_conversation_begins_in_a_state(model: Griffin, tokenizer: Tokenizer) -> None:
     """As if the state's tokens came before the first turn; and again after it was forked or begun anew."""
     start = model.new_state(1)

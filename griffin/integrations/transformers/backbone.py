@@ -132,7 +132,7 @@ def _run(
         else:
             assert embeddings is not None
             ids = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-            span = span_of(griffin.config, ids, state, positions, lengths, griffin.activation_dtype)
+            span = span_of(griffin.config, ids, state, positions, lengths, None, griffin.activation_dtype)
             hidden = griffin.run(embeddings, state, span)
             if state is not None:
                 advance_(state, span)
