@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from griffin.memory import keep_freed_memory, return_freed_memory
+from griffin.memory import keep_freed_memory, return_freed_memory, use_large_pages
 
 # A process of its own: what malloc does is set for good. The first block freed makes glibc keep those of its size.
 SCRIPT = """
@@ -68,3 +71,30 @@ def test_elsewhere_it_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not return_freed_memory()
     assert not keep_freed_memory()
+
+
+def large_kilobytes(address: int) -> int:
+    """How much of the mapping that holds an address lies in pages of 2 MB."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1])
+    return 0
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="pages of 2 MB are asked for on Linux only")
+@pytest.mark.parametrize("now", [False, True])
+def test_large_pages_change_no_number(now: bool) -> None:
+    tensors = [torch.empty(3 * 2**21 // 4 + odd) for odd in (0, 5, 77)]
+    if now:
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+    if not use_large_pages([*tensors, torch.empty(0)], now=now):
+        pytest.skip("this system has no pages of 2 MB")
+    if not now:
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    print(f"{sum(large_kilobytes(t.data_ptr()) for t in tensors)} kB in large pages")  # the system may have none left
