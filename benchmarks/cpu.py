@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def make_models() -> tuple[dict[str, Griffin], dict[str, Any]]:
     ours = {"griffin fp32": fp32, "griffin bf16": bf16}
     for form in ("int8", "int4"):
         ours[f"griffin {form}"] = quantize(Griffin(peers.CONFIG, dtype=torch.bfloat16), form)
-    others = {peers.THEIRS: theirs, peers.GEMMA: peers.gemma()}
+    others = {peers.THEIRS: theirs, peers.THEIRS_BF16: deepcopy(theirs).bfloat16(), peers.GEMMA: peers.gemma()}
     google = peers.google()
     return ours, others if google is None else others | {peers.GOOGLE: google}
 

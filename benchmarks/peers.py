@@ -37,6 +37,7 @@ CONFIG = GriffinConfig(
     block_types=griffin_pattern(12),
     window=1024,
 )
+THEIRS_BF16 = "transformers RecurrentGemma bf16"
 THEIRS, GEMMA, GOOGLE = (
     "transformers RecurrentGemma fp32",
     "transformers Gemma (a Transformer) fp32",
@@ -165,6 +166,12 @@ def gemma_cpp_decoder(driver: Path, rows: int, form: str) -> Iterator[Callable[[
             raise RuntimeError(f"gemma.cpp took {threads} threads, not {torch.get_num_threads()}")
         yield run
         to.close()  # the end of its input ends it
+
+
+def autocast_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+    """As `hf_loss`, in bf16 as its users have it: fp32 weights, torch.autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return hf_loss(model, inputs, targets)
 
 
 def hf_loss(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     python -m benchmarks.train_step --shapes 1x1024 --rounds 5 --no-memory
 
 RecurrentGemma of transformers has the same weights and sees the same keys; its Gemma is a Transformer of the same
-widths. fp32. Freed memory is kept for the next step, as `griffin train` does, for all models of a process alike.
+widths. fp32, and bf16: ours with bf16 activations and fp32 weights, theirs under torch.autocast. Freed memory is kept
+for the next step, as `griffin train` does, for all models of a process alike.
 Rows of more than 4096 tokens run in a process per model, and transformers' RecurrentGemma there once, without a step to
 warm up. Peak memory is that of a process which does two steps of one model and nothing else, over what it had before
 the model was made; "recompute" keeps one input per block.
@@ -30,7 +31,7 @@ from griffin.loss import cross_entropy
 from griffin.memory import keep_freed_memory, return_freed_memory
 from griffin.train.parallel import prepare_blocks
 
-OURS, RECOMPUTE = "griffin fp32", "griffin fp32, recompute"
+OURS, RECOMPUTE, OURS_BF16 = "griffin fp32", "griffin fp32, recompute", "griffin bf16 activations"
 LONG = 4096  # tokens of a row: T x T scores and weights of transformers' four layers take 13 GB at twice as many
 
 
@@ -39,13 +40,13 @@ def our_loss(model: Griffin, inputs: Tensor, targets: Tensor) -> Tensor:
     return nats / count
 
 
-def stepper(model: Any, shape: str) -> Callable[[], float]:
+def stepper(model: Any, shape: str, bf16: bool = False) -> Callable[[], float]:
     """One step on fixed random tokens; returns the loss."""
     B, T = _size(shape)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, peers.CONFIG.vocab_size, (B, T + 1), generator=generator)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    loss_of = our_loss if isinstance(model, Griffin) else peers.hf_loss
+    loss_of = our_loss if isinstance(model, Griffin) else peers.autocast_loss if bf16 else peers.hf_loss
 
     def step() -> float:
         model.zero_grad()
@@ -61,11 +62,11 @@ def make(name: str) -> Any:
         return_freed_memory()
     else:
         keep_freed_memory()
-    if name == peers.THEIRS:
+    if name in (peers.THEIRS, peers.THEIRS_BF16):
         return peers.twins()[1].train()
     if name == peers.GEMMA:
         return peers.gemma().train()
-    model = Griffin(peers.CONFIG).train()
+    model = Griffin(peers.CONFIG, activation_dtype=torch.bfloat16 if name == OURS_BF16 else None).train()
     prepare_blocks(model, recompute="all" if name == RECOMPUTE else "none")
     return model
 
@@ -87,7 +88,7 @@ def alone(name: str, shape: str, threads: int, steps: int = 2) -> dict[str, Any]
 
 def speeds(shapes: Sequence[str], rounds: int, threads: int) -> list[dict[str, Any]]:
     found = []
-    names = (OURS, peers.THEIRS, peers.GEMMA)
+    names = (OURS, OURS_BF16, peers.THEIRS, peers.THEIRS_BF16, peers.GEMMA)
     for shape in sorted(shapes, key=lambda shape: -_size(shape)[1]):  # while this process is small
         B, T = _size(shape)
         seconds: dict[str, list[float]] = {}
@@ -96,7 +97,7 @@ def speeds(shapes: Sequence[str], rounds: int, threads: int) -> list[dict[str, A
                 result = alone(name, shape, threads, 1 if name == peers.THEIRS else 2)
                 seconds[name] = [] if result is None else [result["s"]]
         else:
-            steps = {name: stepper(make(name), shape) for name in names}
+            steps = {name: stepper(make(name), shape, name == peers.THEIRS_BF16) for name in names}
             for step in steps.values():
                 step()
             seconds = timing.interleaved(steps, rounds=rounds, warmup=0)
@@ -151,7 +152,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.alone:
         before = timing.peak_bytes()
-        step = stepper(make(args.alone), args.shapes[0])
+        step = stepper(make(args.alone), args.shapes[0], args.alone == peers.THEIRS_BF16)
         for _ in range(args.steps):
             start = time.perf_counter()
             step()
