@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from griffin.config import GriffinConfig
 from griffin.state import Model
 
+_LATER = {"complex_recurrence": False}
 _WORDS = 4096  # of 8 bytes in a row, and as many keys
 _ROWS = 8  # at a time: 256 kB stay in a cache, and are too few for PyTorch to wake its threads
 
@@ -39,7 +40,9 @@ def fingerprint(config: GriffinConfig, tensors: Mapping[str, Tensor]) -> str:
     keys = torch.frombuffer(bytearray(hashlib.shake_256(b"griffin").digest(16 * _WORDS)), dtype=torch.int64)
     k, l = (keys | 1).view(2, _WORDS)
     scratch = k.new_empty(_ROWS, _WORDS)
-    architecture = {name: value for name, value in asdict(config).items() if name != "init"}
+    # What came to the config later counts where it is used: states of before are found again.
+    known = {name: value for name, value in asdict(config).items() if name not in _LATER or value != _LATER[name]}
+    architecture = {name: value for name, value in known.items() if name != "init"}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta:

@@ -78,8 +78,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         out_width, in_width = base.weight.shape if isinstance(base, Linear) else (base.weight_q.shape[0], base.in_width)
         self.base, self.lora, self.on = base, lora, True
-        self.lora_a = nn.Parameter(torch.empty(lora.rank, in_width, device=_device(base)))
-        self.lora_b = nn.Parameter(torch.zeros(out_width, lora.rank, device=_device(base)))
+        self.lora_a = nn.Parameter(torch.empty(lora.rank, in_width, dtype=torch.float32, device=_device(base)))
+        self.lora_b = nn.Parameter(torch.zeros(out_width, lora.rank, dtype=torch.float32, device=_device(base)))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -102,8 +102,8 @@ class LoRAGate(nn.Module):
         super().__init__()
         N, i, j = weight.shape
         self.lora, self.on = lora, True
-        self.lora_a = nn.Parameter(torch.empty(N * lora.rank, j, device=weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(i, lora.rank * N, device=weight.device))
+        self.lora_a = nn.Parameter(torch.empty(N * lora.rank, j, dtype=torch.float32, device=weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(i, lora.rank * N, dtype=torch.float32, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.on:

@@ -216,9 +216,13 @@ def _score_batch(shared: _Shared, pairs: Sequence[tuple[Sequence[int], Sequence[
         pieces = [pairs[index][1][start : start + shared.chunk + 1] for index in longer]
         lengths = torch.tensor([len(piece) - 1 for piece in pieces], dtype=torch.int64, device=device)
         T = int(lengths.max())
-        tokens = torch.tensor([[*piece[:-1], *[0] * (T + 1 - len(piece))] for piece in pieces], device=device)
-        targets = torch.tensor([[*piece[1:], *[0] * (T + 1 - len(piece))] for piece in pieces], device=device)
-        counted = torch.arange(T, device=device) < lengths[:, None]  # (n, T)
+        tokens = torch.tensor(
+            [[*piece[:-1], *[0] * (T + 1 - len(piece))] for piece in pieces], dtype=torch.int64, device=device
+        )
+        targets = torch.tensor(
+            [[*piece[1:], *[0] * (T + 1 - len(piece))] for piece in pieces], dtype=torch.int64, device=device
+        )
+        counted = torch.arange(T, dtype=torch.int64, device=device) < lengths[:, None]  # (n, T)
         hidden = model(tokens, state)  # padding is behind a row's end: nothing of it is asked for, nor of its state
         logprobs, greedy = token_logprobs(model, hidden[counted], targets[counted])
         for index, its, right in zip(

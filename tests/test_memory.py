@@ -97,4 +97,4 @@ def test_large_pages_change_no_number(now: bool) -> None:
         for number, tensor in enumerate(tensors):
             tensor.fill_(number)
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
-    print(f"{sum(large_kilobytes(t.data_ptr()) for t in tensors)} kB in large pages")  # the system may have none left
+    print(f"{sum(large_kilobytes(t.data_ptr()) for t in tensors)} kB in large pages")  # noqa: T201 - the system may have none

@@ -72,7 +72,7 @@ def _pages(layers: list[AttentionState], position: int, int8: bool, earlier: Cut
     first = max(0, position - slots)
     for number in range(first // PAGE, -(-position // PAGE)):
         start, end = max(first, number * PAGE), min(position, (number + 1) * PAGE)
-        index = torch.arange(start, end, device=layers[0].keys.device) % slots
+        index = torch.arange(start, end, dtype=torch.int64, device=layers[0].keys.device) % slots
         window = torch.stack([tensor[0, index] for layer in layers for tensor in layer.tensors()])
         new = Page(start, *(to_int8(window.cpu()) if int8 else (window.cpu(), None)))
         old = there.get(number)
@@ -116,7 +116,7 @@ def join(kept: Cut, model: Griffin) -> State:
         window = page.window[:, part]
         if page.exponents is not None:
             window = from_int8(window, page.exponents[:, part], held[0].dtype)
-        index = (torch.arange(start, end) % slots).to(held[0].device)
+        index = (torch.arange(start, end, dtype=torch.int64, device="cpu") % slots).to(held[0].device)
         for tensor, values in zip(held, window, strict=True):
             tensor[0, index] = values.to(tensor.device)
     return state

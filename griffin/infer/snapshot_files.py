@@ -67,7 +67,9 @@ class SnapshotFiles:
     ) -> tuple[Path, int] | None:
         """Write a file, whole or not at all; give it and its bytes, or None where that failed."""
         file = self._place(owner.fingerprint) / _name(owner, tokens)
-        more = {"tokens": torch.tensor(tokens, dtype=torch.int32)} | ({} if logits is None else {"logits": logits})
+        more = {"tokens": torch.tensor(tokens, dtype=torch.int32, device="cpu")} | (
+            {} if logits is None else {"logits": logits}
+        )
         metadata = {"adapter": owner.adapter, "tenant": owner.tenant}
         try:
             state_file.save(state, file, self.model, metadata=metadata, more=more, int8_window=self.int8_window)
@@ -81,7 +83,7 @@ class SnapshotFiles:
         """Read a file; None where it is gone, damaged or another's. Such a file is removed."""
         try:
             loaded = state_file.load_all(file, self.model, self._more)
-            told = loaded.more.get("tokens", torch.empty(0)).tolist()
+            told = loaded.more.get("tokens", torch.empty(0, dtype=torch.int32, device="cpu")).tolist()
             if told != list(tokens) or loaded.metadata != {"adapter": owner.adapter, "tenant": owner.tenant}:
                 raise GriffinError(f"{file} is damaged: it is not the snapshot that its name says")
         except (GriffinError, OSError) as error:
@@ -106,7 +108,7 @@ class SnapshotFiles:
             try:
                 theirs, metadata, more = state_file.peek(file, {"tokens": self._more["tokens"]})
                 owner = Owner(theirs, metadata.get("adapter", ""), metadata.get("tenant", ""))
-                tokens = more.get("tokens", torch.empty(0)).tolist()
+                tokens = more.get("tokens", torch.empty(0, dtype=torch.int32, device="cpu")).tolist()
                 if theirs != own or not tokens or file.name != _name(owner, tokens):
                     raise GriffinError(f"{file} is damaged: it is not the snapshot that its name says")
             except (GriffinError, OSError) as error:

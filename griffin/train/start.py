@@ -34,7 +34,7 @@ class Start(nn.Module):
         self.model, self.num_tokens = (model,), len(tokens)  # in a tuple: it is no part of this module
         state = model.new_state(1)
         with torch.no_grad():
-            model(torch.tensor([list(tokens)], device=model.device), state)
+            model(torch.tensor([list(tokens)], dtype=torch.int64, device=model.device), state)
         self.names = list(_tensors(state))
         self.values = nn.ParameterList(
             nn.Parameter(self._held(name, tensor).float().clone()) for name, tensor in _tensors(state).items()

@@ -601,7 +601,11 @@ def test_train_command(tmp_path: Path) -> None:
         ("a.txt", b"", "no text in 1 files"),
         ("a.txt.xz", b"not xz", "a.txt.xz: not a whole .xz file"),
         ("a.txt.xz", lzma.compress(b"x" * 1000)[:-20], "a.txt.xz: not a whole .xz file"),
-        ("folder/a.md", b"x", "no .txt, .txt.xz, .jsonl, .jsonl.xz files in this folder"),
+        (
+            "folder/a.md",
+            b"x",
+            "no .txt, .txt.gz, .txt.zst, .txt.xz, .jsonl, .jsonl.gz, .jsonl.zst, .jsonl.xz files in this folder",
+        ),
         ("", b"", "b.txt: no such file or folder"),
     ],
 )

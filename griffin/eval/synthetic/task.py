@@ -40,7 +40,7 @@ def generator(seed: int, step: int) -> np.random.Generator:
 def make_batch(tokens: Ints, targets: Ints) -> Batch:
     """(B, T) tokens and targets, each row a document of its own."""
     B, T = tokens.shape
-    positions = torch.arange(T, dtype=torch.int64).expand(B, T).contiguous()
+    positions = torch.arange(T, dtype=torch.int64, device="cpu").expand(B, T).contiguous()
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), positions)
 
 

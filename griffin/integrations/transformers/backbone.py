@@ -172,10 +172,10 @@ def positions_of(
     start = positions.new_zeros(B) if cache is None or cache.state is None else cache.state.position
     if cache is not None and cache.unread is not None:
         start = start + cache.unread.shape[1]
-    going_on = start[:, None] + torch.arange(T, device=positions.device)
+    going_on = start[:, None] + torch.arange(T, dtype=torch.int64, device=positions.device)
     same = positions == going_on
     if rows is not None:
-        same |= torch.arange(T, device=positions.device) >= rows.lengths[:, None]
+        same |= torch.arange(T, dtype=torch.int64, device=positions.device) >= rows.lengths[:, None]
     return None if same.all() else positions
 
 

@@ -65,7 +65,7 @@ def targets(labels: Tensor, rows: Rows | None, starts: Tensor | None) -> Tensor:
     if rows is None:
         return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     moved = rows.left(labels)
-    columns = torch.arange(labels.shape[1], device=labels.device)
+    columns = torch.arange(labels.shape[1], dtype=torch.int64, device=labels.device)
     if (counted := (columns >= rows.lengths[:, None]) & (moved != IGNORED)).any():
         b, t = (int(i) for i in counted.nonzero()[0])
         raise ValueError(
