@@ -90,7 +90,7 @@ INLINE void dots(const W* w, int64_t row, const X* x, int64_t K, int64_t count, 
   constexpr int64_t STEP = LINE / sizeof(W);
   int64_t k = 0;
   for (; k + STEP <= count; k += STEP) {
-    for (int64_t m = ahead.share; m < M; m += ahead.shares) __builtin_prefetch(ahead.from + m * row + k);
+    for (int64_t m = ahead.share; m < M; m += ahead.shares) soon(ahead.from + m * row + k);
 #pragma GCC unroll 4
     for (int64_t j = k; j < k + STEP; j += WIDE) {
       Wide v[N];
