@@ -231,7 +231,10 @@ def test_strides_and_whole_tensors(path: str) -> None:
     for found, wanted in zip(
         rg_lru(*far, p, h0, offsets=other), rg_lru(x, gx, ga, p, h0, offsets=offsets), strict=True
     ):
-        assert torch.equal(found, wanted)
+        if path == "torch":  # its exponentials may have other bits in another layout
+            assert_close(found, wanted)
+        else:
+            assert torch.equal(found, wanted)
     one = rg_lru(x, gx, ga, p, h0[:1]), causal_conv1d(x, torch.ones(5, 4), p)
     whole = torch.tensor([0, 10])
     again = rg_lru(x, gx, ga, p, h0[:1], offsets=whole), causal_conv1d(x, torch.ones(5, 4), p, offsets=whole)
