@@ -17,6 +17,7 @@ from griffin.train.config import TrainConfig
 from griffin.train.loop import train
 from griffin.train.optim import make_optimizer
 from griffin.train.snapshot import STATE, Progress, load_snapshot, newest_whole, snapshots
+from griffin.train.trained import AllWeights
 from tests.fuzz import attack
 
 
@@ -43,7 +44,7 @@ def test_fuzz_checkpoints(tmp_path: Path) -> None:
 
     def load(folder: Path) -> tuple[Progress, list[torch.Tensor]]:
         optimizer = make_optimizer(model.named_parameters(), config)
-        progress, _ = load_snapshot(folder, config, data, model, optimizer)
+        progress, _ = load_snapshot(folder, config, data, AllWeights(model, None), optimizer)
         averages = [state[kind] for state in optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
         return progress, [tensor.detach().clone() for tensor in (*model.parameters(), *averages)]
 
