@@ -18,20 +18,19 @@ import torch
 from griffin.errors import GriffinError, one_line
 from griffin.infer.answered import Answered
 from griffin.infer.batch import Batch, Held, place_bytes
+from griffin.infer.capacity import capacity, total_bytes
 from griffin.infer.grammar import Grammars
 from griffin.infer.handle import Handle
 from griffin.infer.pace import Pace, share
 from griffin.infer.queue import Queue
 from griffin.infer.reader import Reader, read
-from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling
+from griffin.infer.request import Completion, FinishReason, Piece, Request, Sampling, check_ids
 from griffin.infer.row import Row
 from griffin.model import Griffin
 from griffin.state import State, check_origin
 from griffin.tokenizer import Tokenizer
 
-SLOTS = 16  # where neither slots nor max_bytes is given
 EVERY = 128  # tokens between states that are kept
-_READERS = 16  # prompts read at once
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +129,7 @@ class Engine:
         if not gap > 0:
             raise ValueError(f"gap={gap} must be a positive number of seconds")
         self.model, self.tokenizer, self.snapshots = model, tokenizer, snapshots
-        self.slots, self.readers = _capacity(model, slots, max_bytes)
+        self.slots, self.readers = capacity(model, slots, max_bytes)
         keep = None if snapshots is None else self._keep_row
         self._batch = Batch(model, self.slots, keep=keep, every=EVERY, speculate=speculate, poison=poison)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
@@ -152,7 +151,7 @@ class Engine:
         state, columns = place_bytes(self.model)
         return (
             f"{self.slots} slots of {state + columns:,} bytes and {self.readers} prompts of {state:,} read at once: "
-            f"{_total(self.model, self.slots, self.readers):,} bytes"
+            f"{total_bytes(self.model, self.slots, self.readers):,} bytes"
         )
 
     @property
@@ -488,47 +487,7 @@ class Engine:
             handle.fail(error, one_line(error))
 
 
-def check_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-    """Raise GriffinError unless every prompt has tokens, all of them in 0 .. vocab_size - 1."""
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise GriffinError(f"prompt {index} has no tokens; give at least one (a text, or the tokenizer's BOS)")
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < vocab_size:
-                raise GriffinError(
-                    f"prompt {index} has token {token}; the model's vocabulary is 0 .. {vocab_size - 1}: "
-                    "encode it with the model's own tokenizer"
-                )
-
-
 def _seeded(request: Request, answer: int) -> Sampling:
     """How the answer-th of `n` answers chooses: with a seed of its own."""
     sampling = request.sampling
     return sampling if sampling.seed is None or not answer else replace(sampling, seed=sampling.seed + answer)
-
-
-def _capacity(model: Griffin, slots: int | None, max_bytes: int | None) -> tuple[int, int]:
-    """How many slots there are, and how many prompts are read at once."""
-    if slots is not None and max_bytes is not None:
-        raise ValueError(f"slots={slots} and max_bytes={max_bytes:,}; give one of them")
-    if max_bytes is None:
-        slots = SLOTS if slots is None else slots
-        if slots < 1:
-            raise ValueError(f"slots={slots} must be at least 1")
-        return slots, min(slots, _READERS)
-    if model.config.window is None and "attention" in model.config.block_types:
-        raise ValueError("global attention grows with the text, so max_bytes cannot be kept; give slots")
-    fits = max_bytes // _total(model, 1, 1)
-    if fits > _READERS:
-        fits = _READERS + (max_bytes - _total(model, _READERS, _READERS)) // sum(place_bytes(model))
-    if fits < 1:
-        raise ValueError(
-            f"max_bytes={max_bytes:,} is less than one slot and one prompt being read take: {_total(model, 1, 1):,}"
-        )
-    return fits, min(fits, _READERS)
-
-
-def _total(model: Griffin, slots: int, readers: int) -> int:
-    """Bytes of all slots, of the states that prompts are read into, and of those that stand together for a pass."""
-    state, columns = place_bytes(model)
-    return slots * (state + columns) + 2 * readers * state

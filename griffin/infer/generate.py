@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 from griffin.errors import GriffinError
-from griffin.infer.engine import Engine, check_ids
+from griffin.infer.engine import Engine
 from griffin.infer.handle import Handle
 from griffin.infer.prefill import Progress
-from griffin.infer.request import Completion, Piece, Prompts, as_requests
+from griffin.infer.request import Completion, Piece, Prompts, as_requests, check_ids
 from griffin.model import Griffin
 from griffin.state import State, check_origin
 from griffin.tokenizer import Tokenizer

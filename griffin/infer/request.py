@@ -226,6 +226,19 @@ class Completion:
     reason: str | None = None  # in words, where finish_reason is "error"
 
 
+def check_ids(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise GriffinError unless every prompt has tokens, all of them in 0 .. vocab_size - 1."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise GriffinError(f"prompt {index} has no tokens; give at least one (a text, or the tokenizer's BOS)")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab_size:
+                raise GriffinError(
+                    f"prompt {index} has token {token}; the model's vocabulary is 0 .. {vocab_size - 1}: "
+                    "encode it with the model's own tokenizer"
+                )
+
+
 def _as_ids(index: int, prompt: object) -> list[int]:
     if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
         raise ValueError(

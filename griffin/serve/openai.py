@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
@@ -17,7 +19,12 @@ from griffin.serve.grammars import grammar_of
 from griffin.serve.respond import Asked, respond
 from griffin.serve.schema import ChatBody, CompletionBody, ContinueBody, Generation
 from griffin.serve.sessions import Going, Name, kind_of, take
-from griffin.serve.worker import Worker
+from griffin.serve.worker import Answer, Worker
+
+if TYPE_CHECKING:
+    from griffin.infer.answered import Answered
+    from griffin.infer.batch import Held
+    from griffin.infer.request import Request
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": text}
@@ -79,7 +86,7 @@ async def complete(worker: Worker, body: CompletionBody, http: HttpRequest) -> R
     check_model(body.model, settings.model_name, settings.model)
     loaded = worker.has_room()
     going = await take(worker, body.session, http.state.tenant, "text")
-    try:
+    with _released_on_error(going):
         prompts = await prompts_of(body, loaded, settings.limits, bos=going is None or not going.has_begun)
         if going is not None:
             prompts = [[*going.session.unread, *prompts[0]]]
@@ -96,17 +103,7 @@ async def complete(worker: Worker, body: CompletionBody, http: HttpRequest) -> R
             )
             for prompt in prompts
         ]
-        answer = await worker.submit(
-            requests,
-            tenant=http.state.tenant,
-            until=http.state.arrival + settings.request_s,
-            state=None if going is None else going.session.start,
-            keep_state=going is not None,
-            whole=not body.stream,
-        )
-    except BaseException:
-        _release(going)
-        raise
+        answer = await _submit(worker, requests, body, http, None if going is None else going.session.start, going)
     asked = Asked(
         form="text",
         stream=bool(body.stream),
@@ -128,7 +125,7 @@ async def chat(worker: Worker, body: ChatBody, http: HttpRequest) -> Response:
     check_model(body.model, settings.model_name, settings.model)
     loaded = worker.has_room()
     going = await take(worker, body.session, http.state.tenant, "chat")
-    try:
+    with _released_on_error(going):
         tools = tools_of(body)
         ids, turns = await prompt_of(
             body.messages,
@@ -148,17 +145,7 @@ async def chat(worker: Worker, body: ChatBody, http: HttpRequest) -> Response:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=grammar_of(body, tools, forced=is_forced(body)),
         )
-        answer = await worker.submit(
-            [request],
-            tenant=http.state.tenant,
-            until=http.state.arrival + settings.request_s,
-            state=None if going is None else going.session.start,
-            keep_state=going is not None,
-            whole=not body.stream,
-        )
-    except BaseException:
-        _release(going)
-        raise
+        answer = await _submit(worker, [request], body, http, None if going is None else going.session.start, going)
     asked = Asked(
         form="chat",
         stream=bool(body.stream),
@@ -180,35 +167,50 @@ async def resume(worker: Worker, name: str, body: ContinueBody, http: HttpReques
     loaded = worker.has_room()
     going = await take(worker, name, http.state.tenant)
     assert going is not None
-    try:
+    with _released_on_error(going):
         answered = going.session.answered
         if answered is None:
             raise ApiError(400, f"the last answer of session {name} was not cut; ask for another", code="not_cut")
-        answer = await worker.submit(
-            [answered.request],
-            tenant=http.state.tenant,
-            until=http.state.arrival + worker.settings.request_s,
-            state=answered,
-            keep_state=True,
-            whole=not body.stream,
-        )
-    except BaseException:
-        _release(going)
-        raise
+        answer = await _submit(worker, [answered.request], body, http, answered, going)
     asked = Asked(
         form="chat" if kind_of(going.session) == "chat" else "text",
         stream=bool(body.stream),
-        usage_last=body.stream_options is not None and bool(body.stream_options.include_usage),
+        usage_last=_usage_last(body),
         logprobs=answered.request.logprobs,
         going=going,
     )
     return await respond(worker, loaded, answer, asked, http)
 
 
-def _usage_last(body: Generation) -> bool:
+def _usage_last(body: Generation | ContinueBody) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _release(going: Going | None) -> None:
-    if going is not None:
-        going.release()
+async def _submit(
+    worker: Worker,
+    requests: Sequence[Request],
+    body: Generation | ContinueBody,
+    http: HttpRequest,
+    state: Held | Answered | None,
+    going: Going | None,
+) -> Answer:
+    """Hand requests to the engine as the one who sent them; a session's state is kept."""
+    return await worker.submit(
+        requests,
+        tenant=http.state.tenant,
+        until=http.state.arrival + worker.settings.request_s,
+        state=state,
+        keep_state=going is not None,
+        whole=not body.stream,
+    )
+
+
+@contextmanager
+def _released_on_error(going: Going | None) -> Iterator[None]:
+    """Let others have the session again if this request does not get to its answer: refused, faulty, or gone."""
+    try:
+        yield
+    except BaseException:
+        if going is not None:
+            going.release()
+        raise
