@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from experiments.session import Line
+from experiments.session import Line, Run, Session
 from griffin.config import GriffinConfig
 from griffin.data.packing import Batch
 from griffin.eval.synthetic.task import Task, accuracy
@@ -84,6 +84,16 @@ def best_learning_rate(runs: Mapping[float, Line], sweep_steps: int) -> float:
     """The sweep's choice: the highest accuracy at its end, whatever came later; of equal ones, the lowest loss."""
     last = {rate: [line for line in run["history"] if line["step"] <= sweep_steps][-1] for rate, run in runs.items()}
     return max(last, key=lambda rate: (last[rate]["accuracy"], -last[rate]["validation_loss"]))
+
+
+def sweep(session: Session, families: Iterable[str], make: Callable[[str, float], Run], steps: int) -> dict[str, float]:
+    """Train every family at every learning rate for `steps` steps, and give the rate of each that did best."""
+    chosen = {}
+    for family in families:
+        runs = {rate: session.train(make(family, rate)) for rate in LEARNING_RATES}
+        chosen[family] = best_learning_rate(runs, steps)
+        session.say(f"{family}: learning rate {chosen[family]:g} of {LEARNING_RATES}")
+    return chosen
 
 
 def median_or_none(values: Sequence[float | None]) -> float | None:

@@ -16,8 +16,8 @@ from experiments.session import Run, Session
 from experiments.synthetic import (
     LEARNING_RATES,
     TaskSource,
-    best_learning_rate,
     held_out_batches,
+    sweep,
     train_config,
 )
 from experiments.verdict import Claim, judge
@@ -59,11 +59,8 @@ SIZES = {
 def run(session: Session) -> None:
     size = SIZES[session.scale]
     session.total = len(FAMILIES) * (len(LEARNING_RATES) + session.num_seeds)
-    chosen = {}
-    for family in FAMILIES:
-        runs = {rate: session.train(_run(size, family, rate, 0, size.sweep_steps, "sweep ")) for rate in LEARNING_RATES}
-        chosen[family] = best_learning_rate(runs, size.sweep_steps)
-        session.say(f"{family}: learning rate {chosen[family]:g} of {LEARNING_RATES}")
+    steps = size.sweep_steps
+    chosen = sweep(session, FAMILIES, lambda family, rate: _run(size, family, rate, 0, steps, "sweep "), steps)
     for seed in range(session.num_seeds):
         for family in FAMILIES:
             each = _run(size, family, chosen[family], seed, size.steps)

@@ -11,7 +11,15 @@ from experiments.families import FAMILIES, NAMES, paper_config
 from experiments.markdown import number, table
 from experiments.results import Results
 from experiments.session import Run, Session
-from experiments.synthetic import LEARNING_RATES, TaskSource, best_learning_rate, median_or_none, steps_to, train_config
+from experiments.synthetic import (
+    LEARNING_RATES,
+    TaskSource,
+    best_learning_rate,
+    median_or_none,
+    steps_to,
+    sweep,
+    train_config,
+)
 from experiments.verdict import Claim, judge
 from griffin.eval.synthetic.selective_copying import SelectiveCopying
 
@@ -42,11 +50,8 @@ SIZES = {
 def run(session: Session) -> None:
     size = SIZES[session.scale]
     session.total = len(FAMILIES) * (len(LEARNING_RATES) + session.num_seeds - 1)
-    chosen = {}
-    for family in FAMILIES:
-        runs = {rate: session.train(_run(size, family, rate, 0, size.sweep_steps)) for rate in LEARNING_RATES}
-        chosen[family] = best_learning_rate(runs, size.sweep_steps)
-        session.say(f"{family}: learning rate {chosen[family]:g} of {LEARNING_RATES}")
+    steps = size.sweep_steps
+    chosen = sweep(session, FAMILIES, lambda family, rate: _run(size, family, rate, 0, steps), steps)
     session.done, session.total = 0, len(FAMILIES) * session.num_seeds
     for seed in range(session.num_seeds):
         for family in FAMILIES:
